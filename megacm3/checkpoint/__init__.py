@@ -1,0 +1,1 @@
+"""The native checkpoint: logical tensors in safetensors, one manifest, atomic commit."""

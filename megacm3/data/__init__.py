@@ -1,0 +1,1 @@
+"""From raw pairs to a token store, and from a token store to training sequences."""

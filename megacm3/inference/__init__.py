@@ -1,0 +1,1 @@
+"""The decoder over an exported folder."""

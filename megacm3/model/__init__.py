@@ -1,0 +1,1 @@
+"""The model family: layers, blocks and the list of pipeline stages."""

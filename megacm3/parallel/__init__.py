@@ -1,0 +1,1 @@
+"""The correctness layer between megatron-core and DeepSpeed."""

@@ -1,0 +1,1 @@
+"""The memory bank: encoder, index, neighbours and the sampler that feeds training."""

@@ -1,0 +1,1 @@
+"""Text and image tokenizers and the vocabulary that joins them."""
