@@ -2,9 +2,10 @@
 
     python examples/make_data.py --source fluent-emoji-00000.tar [--output examples/data]
 
-The source is a webdataset tar of KEY.webp (128 x 128, RGBA), KEY.txt (caption) and KEY.json (category, skin_tone): Fluent Emoji as packaged
-by @lobehub/fluent-emoji-3d 1.1.0, named by emoji-datasource-google 16.0.0 (licences: examples/data/LICENSES.md). The shards are kept in the
-repository, so that nobody has to run this; it is here to show how they were made, and the same source and the same Pillow give the same bytes.
+The source is a webdataset tar of KEY.webp (128 x 128, RGBA), KEY.txt (caption) and KEY.json (category, skin_tone): Fluent
+Emoji as packaged by @lobehub/fluent-emoji-3d 1.1.0, named by emoji-datasource-google 16.0.0 (licences:
+examples/data/LICENSES.md). The shards are kept in the repository, so that nobody has to run this; it is here to show how
+they were made, and the same source and the same Pillow give the same bytes.
 """
 
 import argparse
@@ -23,7 +24,7 @@ SIZE = 48
 
 
 def fraction(purpose: str, key: str) -> float:
-    """A number in [0, 1) that depends on `purpose` and `key` alone, so that a sample stays in its split when others come or go."""
+    """A number in [0, 1) from `purpose` and `key` alone: a sample stays in its split when others come or go."""
     digest = hashlib.blake2b(key.encode(), digest_size=8, person=purpose.encode()).digest()
     return int.from_bytes(digest, "big") / 2**64
 
@@ -41,7 +42,7 @@ def read_samples(path: Path) -> dict[str, dict[str, bytes]]:
 
 
 def wanted(sample: dict[str, bytes]) -> bool:
-    """Whole categories, and of each figure only the one without a skin tone (the others repeat its picture in other colours)."""
+    """Whole categories, and of each figure only the one without a skin tone (the others repeat it in other colours)."""
     about = json.loads(sample["json"])
     return about["category"] in CATEGORIES and not about["skin_tone"]
 
@@ -49,9 +50,9 @@ def wanted(sample: dict[str, bytes]) -> bool:
 def small_picture(data: bytes) -> bytes:
     """The picture at SIZE x SIZE pixels as lossless RGB webp.
 
-    Transparency is flattened on white here: a reader that drops the alpha channel instead would show the colour that lies below the
-    transparent pixels, and the pixel distances of the fidelity figure would depend on the reader. The lowest of the eight bits is dropped
-    (54 dB against the unrounded picture): it is noise of the resampling and a tenth of the bytes.
+    Transparency is flattened on white here: a reader that drops the alpha channel instead would show the colour that
+    lies below the transparent pixels, and the pixel distances of the fidelity figure would depend on the reader. The
+    lowest of the eight bits is dropped (54 dB against the unrounded picture): noise of the resampling, a tenth of the bytes.
     """
     picture = Image.open(io.BytesIO(data)).convert("RGBA").resize((SIZE, SIZE), Image.Resampling.LANCZOS)
     flat = Image.alpha_composite(Image.new("RGBA", picture.size, (255, 255, 255, 255)), picture).convert("RGB")
@@ -62,7 +63,7 @@ def small_picture(data: bytes) -> bytes:
 
 
 def write_shard(path: Path, samples: dict[str, dict[str, bytes]], keys: list[str]) -> None:
-    """A webdataset tar of KEY.txt and KEY.webp whose bytes depend on the samples alone: no time, no owner, one format."""
+    """A webdataset tar of KEY.txt and KEY.webp whose bytes depend on the samples alone: no time, no owner."""
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
         for key in keys:
             for extension, data in (("txt", samples[key]["txt"]), ("webp", small_picture(samples[key]["webp"]))):

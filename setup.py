@@ -1,0 +1,46 @@
+"""Packaging of megacm3. The version ranges stand once, in requirements.txt."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).resolve().parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "megacm3" / "__init__.py").read_text()).group(1)
+
+# faiss-cpu and faiss-gpu install the same folder, so neither is a base requirement; the tests are for developers.
+EXTRA = ("faiss-cpu", "pytest")
+
+
+def requirements(extra: bool) -> list[str]:
+    """The lines of requirements.txt that are (or are not) in an extra."""
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    return [line for line in lines if line and not line.startswith("#") and line.startswith(EXTRA) == extra]
+
+
+TESTS = [line for line in requirements(extra=True) if line.startswith("pytest")]
+FAISS_CPU = [line for line in requirements(extra=True) if line.startswith("faiss-cpu")]
+
+setup(
+    name="megacm3",
+    version=VERSION,
+    description="An open trainer for early-fusion image and text token models: CM3Leon and Chameleon",
+    long_description=(ROOT / "README.md").read_text() if (ROOT / "README.md").is_file() else "",
+    long_description_content_type="text/markdown",
+    author="megacm3 authors",
+    license="MIT",
+    python_requires=">=3.10,<3.14",
+    packages=find_packages(include=["megacm3", "megacm3.*"]),
+    package_data={"megacm3": ["py.typed"]},
+    install_requires=requirements(extra=False),
+    extras_require={
+        # Choose one of cpu and gpu, never both.
+        "cpu": FAISS_CPU,
+        # For CUDA machines; megacm3 runs without each of them, more slowly. NVIDIA's Apex is not here: the `apex` of the
+        # package index is another project (tools/doctor.py tells them apart).
+        "gpu": ["faiss-gpu>=1.15,<1.16", "transformer-engine[pytorch]>=2.8", "flash-attn>=2.8"],
+        "ray": ["datatrove[ray]>=0.10.1,<0.11"],
+        "wandb": ["wandb>=0.23,<1"],
+        "dev": [*TESTS, "ruff==0.17.6", "mypy==2.4.1", "codespell>=2.4,<3", "pre-commit>=4,<5"],
+    },
+)
