@@ -36,7 +36,7 @@ setup(
     extras_require={
         # Choose one of cpu and gpu, never both.
         "cpu": FAISS_CPU,
-        # For CUDA machines; megacm3 runs without each of them, more slowly. NVIDIA's Apex is not here: the `apex` of the
+        # For CUDA machines; megacm3 runs without each of them, more slowly. NVIDIA's Apex is not here: `apex` in the
         # package index is another project (tools/doctor.py tells them apart).
         "gpu": ["faiss-gpu>=1.15,<1.16", "transformer-engine[pytorch]>=2.8", "flash-attn>=2.8"],
         "ray": ["datatrove[ray]>=0.10.1,<0.11"],

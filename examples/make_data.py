@@ -2,9 +2,9 @@
 
     python examples/make_data.py --source fluent-emoji-00000.tar [--output examples/data]
 
-The source is a webdataset tar of KEY.webp (128 x 128, RGBA), KEY.txt (caption) and KEY.json (category, skin_tone): Fluent
+The source is a webdataset tar of KEY.webp (128 x 128, RGBA), KEY.txt (caption), KEY.json (category, skin_tone): Fluent
 Emoji as packaged by @lobehub/fluent-emoji-3d 1.1.0, named by emoji-datasource-google 16.0.0 (licences:
-examples/data/LICENSES.md). The shards are kept in the repository, so that nobody has to run this; it is here to show how
+examples/data/LICENSES.md). The shards are kept in the repository, so that nobody has to run this; it shows how
 they were made, and the same source and the same Pillow give the same bytes.
 """
 
@@ -52,7 +52,7 @@ def small_picture(data: bytes) -> bytes:
 
     Transparency is flattened on white here: a reader that drops the alpha channel instead would show the colour that
     lies below the transparent pixels, and the pixel distances of the fidelity figure would depend on the reader. The
-    lowest of the eight bits is dropped (54 dB against the unrounded picture): noise of the resampling, a tenth of the bytes.
+    lowest of the eight bits is dropped (54 dB against the unrounded picture): noise, and a tenth of the bytes.
     """
     picture = Image.open(io.BytesIO(data)).convert("RGBA").resize((SIZE, SIZE), Image.Resampling.LANCZOS)
     flat = Image.alpha_composite(Image.new("RGBA", picture.size, (255, 255, 255, 255)), picture).convert("RGB")
