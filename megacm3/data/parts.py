@@ -1,0 +1,209 @@
+"""Writing a store: one part at a time, then all parts under their final name."""
+
+import hashlib
+import warnings
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from megacm3.data.documents import IMAGE
+from megacm3.data.sources import Rejected
+from megacm3.data.store import KIND, Store, StoreShape, link_or_copy, part_name
+from megacm3.errors import DataError
+from megacm3.files import new_folder, read_json, sha256_file, write_json, write_manifest
+
+META_FIELDS = {
+    "key": "string",
+    "shard": "string",
+    "row": "int64",
+    "caption": "string",
+    "caption_sha1": "string",
+    "image_sha256": "string",
+    "phash": "uint64",
+    "width": "int32",
+    "height": "int32",
+    "images": "int32",
+}
+"""Columns of meta/part-*.parquet. Hashes and size are the first picture's, null for text alone; `image_sha256` is of the
+file's bytes, width and height of the upright picture before it was cropped."""
+REJECT_FIELDS = {"key": "string", "shard": "string", "row": "int64", "reason": "string", "detail": "string"}
+
+
+def write_table(path: Path, fields: dict[str, str], rows: list[dict[str, Any]]) -> None:
+    """Write `rows` as parquet with exactly the columns `fields` (name -> arrow type)."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    schema = pa.schema([(name, pa.type_for_alias(kind)) for name, kind in fields.items()])
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), path, compression="zstd")
+
+
+def _indexed_dataset() -> ModuleType:
+    # The import warns about Transformer Engine and Apex, which writing files does not need.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from megatron.core.datasets import indexed_dataset
+    return indexed_dataset
+
+
+class PartWriter:
+    """Writes `tokens.{bin,idx}`, `meta.parquet`, `rejects.parquet` and `part.json` (written last) into a folder."""
+
+    def __init__(self, folder: Path, shape: StoreShape) -> None:
+        self._folder = folder
+        self._shape = shape
+        self._builder: Any = None
+        self._meta: list[dict[str, Any]] = []
+        self._rejects: list[dict[str, Any]] = []
+        self._sequences = self._tokens = 0
+
+    def add(self, segments: Iterable[tuple[int, np.ndarray]], meta: dict[str, Any]) -> None:
+        """Append one document; `meta` has values for some of `META_FIELDS`. Raises DataError for a segment out of shape.
+
+        Ids are checked before they are stored, since a cast to uint16 wraps without a word.
+        """
+        checked = [(kind, np.asarray(tokens)) for kind, tokens in segments]
+        for kind, tokens in checked:
+            self._shape.check(kind, tokens)
+        if self._builder is None:
+            self._builder = _indexed_dataset().IndexedDatasetBuilder(
+                str(self._folder / "tokens.bin"), dtype=self._shape.dtype.type, multimodal=True
+            )
+        lengths = [len(tokens) for _, tokens in checked]
+        self._builder.add_document(np.concatenate([t for _, t in checked]), lengths, [kind for kind, _ in checked])
+        self._meta.append({name: meta.get(name) for name in META_FIELDS})
+        self._sequences += len(lengths)
+        self._tokens += sum(lengths)
+
+    def reject(self, rejected: Rejected) -> None:
+        """Note a row that gave no document."""
+        self._rejects.append({name: getattr(rejected, name) for name in REJECT_FIELDS})
+
+    def finish(self) -> dict[str, Any]:
+        """Write what is left to write; gives documents, sequences, tokens, rejects and the files' hashes."""
+        if self._builder is not None:
+            self._builder.finalize(str(self._folder / "tokens.idx"))
+        write_table(self._folder / "meta.parquet", META_FIELDS, self._meta)
+        write_table(self._folder / "rejects.parquet", REJECT_FIELDS, self._rejects)
+        files = {path.name: _entry(path) for path in sorted(self._folder.iterdir())}
+        counts = {"documents": len(self._meta), "sequences": self._sequences, "tokens": self._tokens}
+        result = counts | {"rejects": len(self._rejects), "files": files}
+        write_json(self._folder / "part.json", result)
+        return result
+
+
+def _entry(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+
+
+def read_part(folder: Path) -> dict[str, Any] | None:
+    """What `PartWriter.finish` gave, or None when the folder is not a whole part."""
+    if not (folder / "part.json").is_file():
+        return None
+    result = read_json(folder / "part.json")
+    whole = all((folder / n).is_file() and (folder / n).stat().st_size == e["bytes"] for n, e in result["files"].items())
+    return result if whole else None
+
+
+def assemble(
+    folder: str | Path,
+    parts: list[Path],
+    shape: StoreShape,
+    inputs: dict[str, str],
+    settings: dict[str, Any] | None = None,
+    *,
+    replace: bool = False,
+) -> Store:
+    """Put finished parts (folders of `PartWriter`) together as the store `folder`, whole or not at all.
+
+    Raises DataError when no part holds a document.
+    """
+    results = [read_part(part) for part in parts]
+    if not any(result and result["documents"] for result in results):
+        raise DataError(f"no document is left for {folder}; see the rejects for the reasons")
+    known: dict[str, dict[str, Any]] = {}
+    counts: list[dict[str, int]] = []
+    with new_folder(folder, replace=replace) as temporary:
+        for number, (source, result) in enumerate(zip(parts, results, strict=True)):
+            assert result is not None, f"{source} is not a whole part"
+            for name, entry in result["files"].items():
+                stem, suffix = name.split(".")
+                final = f"{stem}/{part_name(number)}.{suffix}"
+                link_or_copy(source / name, temporary / final)
+                known[final] = entry
+            counts.append({key: result[key] for key in ("documents", "sequences", "tokens", "rejects")})
+        totals = {key: sum(part[key] for part in counts) for key in ("documents", "tokens", "rejects")}
+        sizes = {name: getattr(shape, name) for name in StoreShape.__dataclass_fields__}
+        everything = sizes | {"dtype": shape.dtype.name} | totals | {"parts": counts} | (settings or {})
+        np.save(temporary / "dup_cluster.npy", _dup_clusters(temporary, len(parts)))
+        write_manifest(temporary, KIND, everything, inputs, known)
+    return Store.open(folder)
+
+
+def _dup_clusters(folder: Path, parts: int) -> np.ndarray:
+    # int64 [documents]: the smallest doc_id reachable over equal picture bytes, equal perceptual hashes, or (for text
+    # alone) equal texts.
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns = ["image_sha256", "phash", "caption_sha1"]
+    paths = [folder / "meta" / f"{part_name(n)}.parquet" for n in range(parts)]
+    table = pa.concat_tables([pq.read_table(path, columns=columns) for path in paths])
+    texts, exact = table["caption_sha1"].to_pylist(), table["image_sha256"].to_pylist()
+    identity = np.array([_key(e or t or str(i)) for i, (e, t) in enumerate(zip(exact, texts, strict=True))], np.uint64)
+    near = table["phash"].to_pylist()
+    looks = np.array([_key(str(h)) if h is not None else k for h, k in zip(near, identity, strict=True)], np.uint64)
+    cluster = np.arange(len(identity), dtype=np.int64)
+    while True:
+        before = cluster.copy()
+        for keys in (identity, looks):
+            _, group = np.unique(keys, return_inverse=True)
+            smallest = np.full(group.max(initial=-1) + 1, len(cluster), np.int64)
+            np.minimum.at(smallest, group, cluster)
+            cluster = smallest[group]
+        if np.array_equal(before, cluster):
+            return cluster
+
+
+def _key(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def write_store(
+    folder: str | Path,
+    documents: Iterable[tuple[list[tuple[int, np.ndarray]], dict[str, Any]]],
+    shape: StoreShape,
+    inputs: dict[str, str] | None = None,
+    *,
+    documents_per_part: int = 1_000_000,
+) -> Store:
+    """A store from (segments, metadata) pairs in memory; for tests, conversions and small sets."""
+    import tempfile
+
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as work:
+        parts = []
+        for number, batch in enumerate(_batched(documents, documents_per_part)):
+            part = Path(work, str(number))
+            part.mkdir()
+            writer = PartWriter(part, shape)
+            for segments, meta in batch:
+                writer.add(segments, meta)
+            writer.finish()
+            parts.append(part)
+        return assemble(folder, parts, shape, inputs or {})
+
+
+def _batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    batch: list[Any] = []
+    for item in items:
+        batch.append(item)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch

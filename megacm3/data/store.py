@@ -1,0 +1,279 @@
+"""The token store: what pretokenization leaves and training reads.
+
+    STORE/tokens/part-00000.{bin,idx}     megatron-core's IndexedDataset, multimodal: one document a sample, one sequence
+                                          a segment, mode 0 text (text ids) or 1 image (raw codes); no control tokens
+    STORE/meta/part-00000.parquet         one row a document: key, shard, row, caption, hashes, size
+    STORE/rejects/part-00000.parquet      what was left out, with the reason
+    STORE/dup_cluster.npy                 int64 [documents]: the first document with the same picture (or text)
+    STORE/manifest.json                   sizes of the vocabulary, documents of each part, fingerprints of the tokenizers
+
+A document's number (doc_id) counts through the parts in order. A part without documents has no token files.
+"""
+
+import os
+import struct
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from megacm3.data.documents import IMAGE, TEXT, Document, Segment
+from megacm3.errors import DataError
+from megacm3.files import read_manifest
+
+if TYPE_CHECKING:
+    import pyarrow
+
+    from megacm3.tokenizers.vocabulary import Vocabulary
+
+KIND = "store"
+_MAGIC = b"MMIDIDX\x00\x00"
+_HEADER = struct.Struct("<9sQBQQ")
+_DTYPES = {4: np.dtype(np.int32), 8: np.dtype(np.uint16)}
+"""megatron-core's codes of the two types that a store may have."""
+_OPEN_PARTS = 8192
+"""Parts kept mapped: each takes two mappings of the 65,530 that Linux gives a process."""
+
+
+@dataclass(frozen=True)
+class StoreShape:
+    """The sizes that ids and segments of a store obey."""
+
+    text_size: int
+    codebook_size: int
+    image_tokens: int
+    image_size: int
+
+    @property
+    def dtype(self) -> np.dtype:
+        """uint16 when every id fits (megatron's own rule would take int32 from 65,500 on), else int32."""
+        return np.dtype(np.uint16 if max(self.text_size, self.codebook_size) <= 65536 else np.int32)
+
+    def check(self, kind: int, tokens: np.ndarray) -> None:
+        """Raises DataError for a segment that is empty, has an id out of range, or is a picture of another size."""
+        name, size = ("image", self.codebook_size) if kind == IMAGE else ("text", self.text_size)
+        if kind not in (TEXT, IMAGE):
+            raise DataError(f"a segment has mode {kind}; expected 0 (text) or 1 (image)")
+        if len(tokens) == 0:
+            raise DataError(f"a segment of {name} is empty")
+        low, high = int(tokens.min()), int(tokens.max())
+        if low < 0 or high >= size:
+            raise DataError(f"{name} ids {low}..{high} outside 0..{size - 1}")
+        if kind == IMAGE and len(tokens) != self.image_tokens:
+            raise DataError(f"an image has {len(tokens)} codes; expected exactly {self.image_tokens}")
+
+
+def part_name(number: int) -> str:
+    """`part-00000`"""
+    return f"part-{number:05d}"
+
+
+class Part:
+    """One `.bin`/`.idx` pair, mapped into memory.
+
+    megatron-core's reader is not used for reading: it keeps a file handle for each part, its arrays crash the process
+    when they outlive it, it accepts a truncated `.bin`, and it takes seconds to import.
+    """
+
+    def __init__(self, prefix: Path) -> None:
+        """Raises DataError when the pair is missing, truncated, or not an index with modes."""
+        index, data = prefix.with_suffix(".idx"), prefix.with_suffix(".bin")
+        try:
+            # Plain arrays over the maps: slicing numpy's own memmap class costs several times as much.
+            raw = np.asarray(np.memmap(index, np.uint8, "r"))
+            self._data = np.asarray(np.memmap(data, np.uint8, "r"))
+        except (OSError, ValueError) as fault:
+            raise DataError(f"{prefix}.idx/.bin cannot be read: {fault}") from fault
+        magic, version, code, sequences, bounds = _HEADER.unpack(raw[: _HEADER.size].tobytes().ljust(_HEADER.size, b"\0"))
+        if magic != _MAGIC or version != 1 or code not in _DTYPES:
+            raise DataError(f"{index} is not an index that this store writes (version {version}, type {code})")
+        expected = _HEADER.size + sequences * (4 + 8 + 1) + bounds * 8
+        if raw.size != expected or bounds < 1:
+            raise DataError(f"{index} has {raw.size} bytes; {sequences} sequences with modes need {expected}")
+        self.dtype = _DTYPES[code]
+        self.lengths = _array(raw, np.int32, _HEADER.size, sequences)
+        self.pointers = _array(raw, np.int64, _HEADER.size + 4 * sequences, sequences)
+        self.bounds = _array(raw, np.int64, _HEADER.size + 12 * sequences, bounds)
+        self.modes = _array(raw, np.int8, _HEADER.size + 12 * sequences + 8 * bounds, sequences)
+        tokens = self._data.size
+        end = int(self.pointers[-1]) + int(self.lengths[-1]) * self.dtype.itemsize if sequences else 0
+        if tokens != end or int(self.bounds[-1]) != sequences:
+            raise DataError(f"{data} has {tokens} bytes; its index ends at {end}")
+
+    def __len__(self) -> int:
+        return len(self.bounds) - 1
+
+    def segments(self, row: int) -> list[tuple[int, np.ndarray]]:
+        """(mode, int64 tokens) of each segment of document `row`: copies."""
+        first, last = int(self.bounds[row]), int(self.bounds[row + 1])
+        return [(int(self.modes[i]), self._tokens(i)) for i in range(first, last)]
+
+    def segment_lengths(self, row: int) -> list[tuple[int, int]]:
+        """(mode, number of tokens) of each segment of document `row`, without reading tokens."""
+        first, last = int(self.bounds[row]), int(self.bounds[row + 1])
+        return list(zip(self.modes[first:last].tolist(), self.lengths[first:last].tolist(), strict=True))
+
+    def _tokens(self, i: int) -> np.ndarray:
+        start = int(self.pointers[i])
+        end = start + int(self.lengths[i]) * self.dtype.itemsize
+        return self._data[start:end].view(self.dtype).astype(np.int64)
+
+
+def _array(raw: np.ndarray, dtype: type, start: int, count: int) -> np.ndarray:
+    return np.ndarray((count,), dtype, buffer=raw, offset=start)
+
+
+class Store:
+    """A finished store, read only. Make it with `Store.open`. It can be pickled to workers."""
+
+    def __init__(self, folder: Path, settings: dict[str, Any], inputs: dict[str, str], fingerprint: str) -> None:
+        self.folder = folder
+        self.settings = settings
+        """text_size, codebook_size, image_tokens, image_size, dtype, documents, tokens, parts ..."""
+        self.inputs = inputs
+        """Fingerprints of the tokenizers, by role."""
+        self.fingerprint = fingerprint
+        self.shape = StoreShape(**{name: settings[name] for name in StoreShape.__dataclass_fields__})
+        self._starts = np.concatenate([[0], np.cumsum([part["documents"] for part in settings["parts"]])]).astype(np.int64)
+        self._parts: OrderedDict[int, Part] = OrderedDict()
+
+    @staticmethod
+    def open(folder: str | Path, verify: str = "size") -> "Store":
+        """Open a store; `verify` as in `read_manifest`. Raises DataError when it is missing, damaged or of another kind."""
+        manifest = read_manifest(folder, KIND, verify=verify)
+        try:
+            return Store(Path(folder), manifest.settings, manifest.inputs, manifest.fingerprint)
+        except KeyError as fault:
+            raise DataError(f"{folder}/manifest.json lacks the setting {fault}") from fault
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_parts": OrderedDict()}
+
+    def _locate(self, doc_id: int) -> tuple[Part, int]:
+        if not 0 <= doc_id < len(self):
+            raise DataError(f"document {doc_id} is not in {self.folder}; expected 0..{len(self) - 1}")
+        number = int(np.searchsorted(self._starts, doc_id, side="right")) - 1
+        part = self._parts.get(number)
+        if part is None:
+            part = self._parts[number] = self.part(number)
+            if len(self._parts) > _OPEN_PARTS:
+                self._parts.popitem(last=False)
+        return part, doc_id - int(self._starts[number])
+
+    def part(self, number: int) -> Part:
+        """Open one part. Raises DataError when it does not hold what the manifest says."""
+        part = Part(self.folder / "tokens" / part_name(number))
+        if len(part) != self.settings["parts"][number]["documents"] or part.dtype != self.shape.dtype:
+            raise DataError(f"{self.folder}/tokens/{part_name(number)} does not fit the manifest")
+        return part
+
+    def document(self, doc_id: int) -> Document:
+        """Document `doc_id` with its tokens. Raises DataError for a number outside the store."""
+        part, row = self._locate(doc_id)
+        return Document(doc_id, tuple(Segment(kind, tokens) for kind, tokens in part.segments(row)))
+
+    def segment_lengths(self, doc_id: int) -> list[tuple[int, int]]:
+        """(kind, length) of each segment of document `doc_id`; reads the index only."""
+        part, row = self._locate(doc_id)
+        return part.segment_lengths(row)
+
+    @cached_property
+    def _dup_cluster(self) -> np.ndarray:
+        return np.load(self.folder / "dup_cluster.npy", mmap_mode="r")
+
+    def metadata(self, columns: Iterable[str] | None = None) -> "pyarrow.Table":
+        """A table in doc_id order.
+
+        Columns: doc_id, dup_cluster (the smallest doc_id with the same picture, or the same text where there is none)
+        and those of `META_FIELDS`. All of them by default. Raises DataError for an unknown column.
+        """
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        from megacm3.data.parts import META_FIELDS
+
+        computed = {"doc_id": np.arange(len(self)), "dup_cluster": self._dup_cluster}
+        wanted = list(columns) if columns is not None else [*computed, *META_FIELDS]
+        unknown = [name for name in wanted if name not in computed and name not in META_FIELDS]
+        if unknown:
+            raise DataError(f"the store has no column {unknown[0]}; it has {', '.join([*computed, *META_FIELDS])}")
+        stored = [name for name in wanted if name not in computed] or ["row"]
+        paths = [self.folder / "meta" / f"{part_name(n)}.parquet" for n in range(len(self.settings["parts"]))]
+        table = pa.concat_tables([pq.read_table(path, columns=stored) for path in paths])
+        for name in wanted:
+            if name in computed:
+                table = table.append_column(name, pa.array(np.asarray(computed[name])))
+        return table.select(wanted)
+
+    def vocabulary(self) -> "Vocabulary":
+        """The vocabulary of the store's sizes: CM3Leon's layout, or the table that the settings hold."""
+        from megacm3.tokenizers.vocabulary import Vocabulary
+
+        if "vocabulary" in self.settings:
+            return Vocabulary.from_json(self.settings["vocabulary"])
+        shape = self.shape
+        return Vocabulary.cm3leon(shape.text_size, shape.codebook_size, image_tokens=shape.image_tokens)
+
+
+@dataclass(frozen=True)
+class StoreReport:
+    """What `verify_store` counted."""
+
+    documents: int
+    text_segments: int
+    image_segments: int
+    tokens: int
+    rejects: int
+
+
+def verify_store(folder: str | Path) -> StoreReport:
+    """Read everything: hashes, index against data, every id's range, every picture's grid, every row of metadata.
+
+    Raises DataError at the first thing that is wrong, naming the file and the document.
+    """
+    import pyarrow.parquet as pq
+
+    store = Store.open(folder, verify="sha256")
+    counts = {TEXT: 0, IMAGE: 0}
+    tokens = rejects = 0
+    for number, expected in enumerate(store.settings["parts"]):
+        name = part_name(number)
+        rejects += pq.read_metadata(store.folder / "rejects" / f"{name}.parquet").num_rows
+        rows = pq.read_metadata(store.folder / "meta" / f"{name}.parquet").num_rows
+        if rows != expected["documents"]:
+            raise DataError(f"{store.folder}/meta/{name}.parquet has {rows} rows for {expected['documents']} documents")
+        if not rows:
+            continue
+        part = store.part(number)
+        for row in range(rows):
+            segments = part.segments(row)
+            if not segments:
+                raise DataError(f"{store.folder}/tokens/{name}: document {row} is empty")
+            for kind, values in segments:
+                try:
+                    store.shape.check(kind, values)
+                except DataError as fault:
+                    raise DataError(f"{store.folder}/tokens/{name}: document {row}: {fault}") from fault
+                counts[kind] += 1
+                tokens += len(values)
+    if tokens != store.settings["tokens"] or len(store._dup_cluster) != len(store):
+        raise DataError(f"{store.folder} holds {tokens} tokens; its manifest says {store.settings['tokens']}")
+    return StoreReport(len(store), counts[TEXT], counts[IMAGE], tokens, rejects)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Give `source` a second name, by a hard link where the file system has them."""
+    import shutil
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)

@@ -1,0 +1,208 @@
+"""Readers of tables: parquet, JSON lines (text, pairs, interleaved), plain lines, and data sets of `datasets`.
+
+A pair's picture is bytes, a struct of bytes and path, or a path below the table's folder. Interleaved documents are
+OBELICS-like (`texts` and `images`, two lists of one length with null in either) or a `text` with `<image>` where each
+of `images` belongs.
+"""
+
+import base64
+import binascii
+import gzip
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from megacm3.data.images import Reject
+from megacm3.data.sources import (
+    IMAGE_FIELDS,
+    ReadOptions,
+    Rejected,
+    Sample,
+    Shard,
+    caption_of,
+    clean_text,
+    inside,
+    parse_json,
+)
+from megacm3.errors import DataError
+
+KEY_FIELDS = ("key", "__key__", "id", "uid")
+_BATCH = 256
+"""Rows of a parquet file read at once."""
+
+
+def read_parquet(shard: Shard, options: ReadOptions) -> Iterator[Sample | Rejected]:
+    """The rows of one parquet file. Raises DataError when it is no parquet file or has no column of text."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        file = pq.ParquetFile(shard.path)
+    except pa.ArrowInvalid as fault:
+        raise DataError(f"{shard.path} is not a whole parquet file: {str(fault).splitlines()[0]}") from fault
+    columns = file.schema_arrow.names
+    _check_columns(shard.path, columns)
+    chosen = columns if options.pictures else [name for name in columns if name not in IMAGE_FIELDS]
+    row = 0
+    try:
+        for batch in file.iter_batches(batch_size=_BATCH, columns=chosen):
+            for record in batch.to_pylist():
+                yield _sample(record, shard, row, options)
+                row += 1
+    except (pa.ArrowInvalid, OSError) as fault:
+        raise DataError(f"{shard.path} is damaged at row {row}: {str(fault).splitlines()[0]}") from fault
+
+
+def read_jsonl(shard: Shard, options: ReadOptions) -> Iterator[Sample | Rejected]:
+    """One JSON object a line; empty lines are skipped. Pictures' paths are relative to the file's folder."""
+    for row, line in _lines(shard.path):
+        try:
+            record = parse_json(line)
+        except Reject as reject:
+            yield Rejected(str(row), shard.name, row, reject.reason, reject.detail)
+            continue
+        yield _sample(record, shard, row, options)
+
+
+def read_lines(shard: Shard, options: ReadOptions) -> Iterator[Sample | Rejected]:
+    """One text a line; empty lines are skipped."""
+    for row, line in _lines(shard.path):
+        yield _sample({"text": line}, shard, row, options)
+
+
+def _lines(path: str) -> Iterator[tuple[int, bytes]]:
+    opened: IO[bytes] = gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb")  # type: ignore[assignment]
+    try:
+        with opened as file:
+            for row, line in enumerate(file):
+                if line.strip():
+                    yield row, line.rstrip(b"\r\n")
+    except (EOFError, gzip.BadGzipFile) as fault:
+        raise DataError(f"{path} is damaged: {fault}") from fault
+
+
+def _open_dataset(path: str) -> Any:
+    import datasets
+
+    datasets.disable_progress_bars()
+    folder = Path(path)
+    try:
+        if (folder / "metadata.csv").is_file() or (folder / "metadata.parquet").is_file():
+            data = datasets.load_dataset("imagefolder", data_dir=path, split="train")
+        else:
+            data = datasets.load_from_disk(path)
+    except (FileNotFoundError, ValueError, datasets.exceptions.DatasetsError) as fault:
+        raise DataError(f"{path} cannot be read by datasets: {str(fault).splitlines()[0]}") from fault
+    if isinstance(data, datasets.DatasetDict):
+        raise DataError(f"{path} holds the splits {', '.join(data)}; give one of them, such as {path}/{next(iter(data))}")
+    for name, feature in data.features.items():
+        if isinstance(feature, datasets.Image):
+            data = data.cast_column(name, datasets.Image(decode=False))
+    return data
+
+
+def dataset_rows(path: str) -> int:
+    """Number of rows of a data set saved by `datasets` or of an imagefolder. Raises DataError."""
+    data = _open_dataset(path)
+    _check_columns(path, data.column_names)
+    return len(data)
+
+
+def read_dataset(shard: Shard, options: ReadOptions) -> Iterator[Sample | Rejected]:
+    """Rows `shard.rows` of a data set; its pictures stay encoded."""
+    data = _open_dataset(shard.path)
+    assert shard.rows is not None
+    if not options.pictures:
+        data = data.remove_columns([name for name in data.column_names if name in IMAGE_FIELDS])
+    for row in range(*shard.rows):
+        yield _sample(data[row], shard, row, options)
+
+
+def _check_columns(path: str, columns: list[str]) -> None:
+    if "texts" in columns or caption_of(dict.fromkeys(columns, "")) is not None:
+        return
+    raise DataError(f"{path} has the columns {', '.join(columns)}; expected one of caption, text, texts")
+
+
+def _sample(record: dict[str, Any], shard: Shard, row: int, options: ReadOptions) -> Sample | Rejected:
+    key = str(next((record[name] for name in KEY_FIELDS if record.get(name) is not None), row))
+    try:
+        parts = _parts(record, Path(shard.path), options)
+    except Reject as reject:
+        return Rejected(key, shard.name, row, reject.reason, reject.detail)
+    return Sample(key, shard.name, row, parts, _meta(record))
+
+
+def _meta(record: dict[str, Any]) -> dict[str, Any]:
+    plain = (str, int, float, bool)
+    return {name: value for name, value in record.items() if isinstance(value, plain) and name not in IMAGE_FIELDS}
+
+
+def _parts(record: dict[str, Any], table: Path, options: ReadOptions) -> tuple[str | bytes, ...]:
+    if isinstance(record.get("texts"), list):
+        return _interleaved_lists(record, table, options)
+    text = record.get("text")
+    if not isinstance(text, bytes):
+        text = caption_of(record)
+    if text is None:
+        raise Reject("no_caption", f"its fields are {', '.join(record)}")
+    if isinstance(record.get("images"), list) and isinstance(text, str):
+        return _interleaved_text(text, record["images"], table, options)
+    caption = clean_text(text)
+    name = next((name for name in IMAGE_FIELDS if name in record), None)
+    if name is None or not options.pictures:
+        return (caption,)
+    return (caption, _picture(record[name], table))
+
+
+def _interleaved_lists(record: dict[str, Any], table: Path, options: ReadOptions) -> tuple[str | bytes, ...]:
+    texts, images = record["texts"], record.get("images") or [None] * len(record["texts"])
+    if len(texts) != len(images):
+        raise Reject("unequal_lists", f"{len(texts)} texts and {len(images)} images")
+    parts: list[str | bytes] = []
+    for text, image in zip(texts, images, strict=True):
+        if (text is None) == (image is None):
+            raise Reject("unequal_lists", "each place holds either a text or an image")
+        if text is not None:
+            parts.append(clean_text(text))
+        elif options.pictures:
+            parts.append(_picture(image, table))
+    return _not_empty(parts)
+
+
+def _interleaved_text(text: str, images: list[Any], table: Path, options: ReadOptions) -> tuple[str | bytes, ...]:
+    pieces = text.split("<image>")
+    if len(pieces) != len(images) + 1:
+        raise Reject("unequal_lists", f"{len(pieces) - 1} times <image> in the text and {len(images)} images")
+    parts: list[str | bytes] = []
+    for position, piece in enumerate(pieces):
+        if piece.strip():
+            parts.append(clean_text(piece))
+        if position < len(images) and options.pictures:
+            parts.append(_picture(images[position], table))
+    return _not_empty(parts)
+
+
+def _not_empty(parts: list[str | bytes]) -> tuple[str | bytes, ...]:
+    if not parts:
+        raise Reject("empty_text", "neither text nor image")
+    return tuple(parts)
+
+
+def _picture(value: Any, table: Path) -> bytes:
+    if isinstance(value, dict):
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, bytes):
+        return value
+    if not isinstance(value, str) or not value:
+        raise Reject("no_image", f"a {type(value).__name__} instead of bytes or a path")
+    if value.startswith("data:"):
+        try:
+            return base64.b64decode(value.partition(",")[2], validate=True)
+        except (binascii.Error, ValueError) as fault:
+            raise Reject("corrupt_image", f"data URL: {fault}") from fault
+    folder = table if table.is_dir() else table.parent
+    try:
+        return inside(folder, value).read_bytes()
+    except (FileNotFoundError, IsADirectoryError) as fault:
+        raise Reject("no_image", f"{value} does not exist beside {table.name}") from fault

@@ -1,0 +1,218 @@
+"""One unit of pretokenization: one input shard becomes one part of the store, whole or not at all.
+
+The order of work inside a unit: this thread reads the shard, threads decode and prepare pictures some way ahead, one
+thread encodes batches, this thread writes. Results are taken in the shard's order and batches are cut by count alone,
+so that the bytes written depend on neither the number of workers nor their speed.
+"""
+
+import contextlib
+import errno
+import hashlib
+import os
+import shutil
+import tempfile
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megacm3.data.documents import IMAGE, TEXT
+from megacm3.data.images import ImageLimits, Reject, open_image, perceptual_hash, prepare_image
+from megacm3.data.parts import PartWriter, read_part
+from megacm3.data.sources import ReadOptions, Rejected, Sample, Shard, read_shard
+from megacm3.data.store import StoreShape
+from megacm3.errors import DataError
+from megacm3.files import write_json
+from megacm3.tokenizers.image import ImageTokenizer
+from megacm3.tokenizers.text import TextTokenizer
+
+_BATCHES_AHEAD = 2
+"""Batches that wait for the encoder, so that it always has the next one."""
+
+
+@dataclass(frozen=True)
+class UnitSettings:
+    """What decides the bytes of a part, beside the tokenizers and the shard."""
+
+    mode: str = "crop"
+    """Picture preparation: crop or pad."""
+    batch: int = 32
+    """Pictures encoded at once."""
+    max_pixels: int = ImageLimits.max_pixels
+    min_side: int = ImageLimits.min_side
+    max_aspect: float = ImageLimits.max_aspect
+    allow_partial: bool = False
+    """Take what is readable of damaged shards."""
+
+    @property
+    def limits(self) -> ImageLimits:
+        """The limits of a picture's header."""
+        return ImageLimits(self.max_pixels, self.min_side, self.max_aspect)
+
+
+@dataclass
+class Prepared:
+    """A sample whose pictures are pixels."""
+
+    sample: Sample
+    pixels: list[np.ndarray]
+    """uint8 [s, s, 3] of each picture."""
+    meta: dict[str, Any]
+    """Columns of the store's metadata."""
+
+
+class ShardFault(DataError):
+    """The shard as a whole cannot be used; the other shards can."""
+
+
+def prepare(sample: Sample, size: int, settings: UnitSettings) -> Prepared | Rejected:
+    """Decode and resize a sample's pictures and compute its metadata; a Rejected when one of them cannot be used."""
+    caption = sample.caption
+    meta: dict[str, Any] = {"key": sample.key, "shard": sample.shard, "row": sample.row, "images": sample.images}
+    meta |= {"caption": caption, "caption_sha1": hashlib.sha1(caption.encode()).hexdigest() if caption else None}
+    pixels = []
+    try:
+        for part in sample.parts:
+            if isinstance(part, bytes):
+                picture = open_image(part, settings.limits)
+                pixels.append(prepare_image(picture, size, settings.mode))
+                if len(pixels) == 1:
+                    meta |= {"width": picture.width, "height": picture.height, "phash": perceptual_hash(pixels[0])}
+                    meta["image_sha256"] = hashlib.sha256(part).hexdigest()
+    except Reject as reject:
+        return Rejected(sample.key, sample.shard, sample.row, reject.reason, reject.detail)
+    return Prepared(sample, pixels, meta)
+
+
+class UnitRunner:
+    """Tokenizes shards, one after another, with one pair of tokenizers."""
+
+    def __init__(
+        self, text: TextTokenizer, image: ImageTokenizer, settings: UnitSettings, threads: int = 1
+    ) -> None:
+        self._text, self._image, self._settings = text, image, settings
+        self._threads = threads
+        self.shape = StoreShape(text.size, image.codebook_size, image.grid[0] * image.grid[1], image.image_size)
+        self.bytes = self.documents = 0
+        """Input bytes and documents done so far, for progress."""
+
+    def run(self, shard: Shard, final: Path) -> dict[str, Any]:
+        """Write the part of `shard` as the folder `final` (a finished one is left as it is); gives its counts.
+
+        Raises ShardFault when the shard is damaged, DataError when the disk is full.
+        """
+        done = read_part(final)
+        if done is not None:
+            return done
+        final.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
+        try:
+            counts = self._write(shard, PartWriter(temporary, self.shape))
+            _commit(temporary, final)
+        except OSError as fault:
+            if fault.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise DataError(f"no room left to write {final.parent}: {fault.strerror}") from fault
+            raise
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        return counts
+
+    def _write(self, shard: Shard, writer: PartWriter) -> dict[str, Any]:
+        with ThreadPoolExecutor(self._threads) as pool, ThreadPoolExecutor(1, initializer=_one_thread) as encoder:
+            waiting: deque[tuple[list[Prepared | Rejected], Future[np.ndarray]]] = deque()
+            for batch in self._batches(self._prepared(shard, pool)):
+                waiting.append((batch, encoder.submit(self._encode, batch)))
+                if len(waiting) > _BATCHES_AHEAD:
+                    self._store(writer, *waiting.popleft())
+            while waiting:
+                self._store(writer, *waiting.popleft())
+        return writer.finish()
+
+    def _prepared(self, shard: Shard, pool: ThreadPoolExecutor) -> Iterator[Prepared | Rejected]:
+        ahead = self._settings.batch * 2
+        waiting: deque[Future[Prepared | Rejected] | Rejected] = deque()
+        for item in _guarded(shard, ReadOptions(allow_partial=self._settings.allow_partial)):
+            if isinstance(item, Sample):
+                self.bytes += sum(len(part) for part in item.parts)
+                waiting.append(pool.submit(prepare, item, self._image.image_size, self._settings))
+            else:
+                waiting.append(item)
+            if len(waiting) > ahead:
+                yield _result(waiting.popleft())
+        while waiting:
+            yield _result(waiting.popleft())
+
+    def _batches(self, items: Iterator[Prepared | Rejected]) -> Iterator[list[Prepared | Rejected]]:
+        batch: list[Prepared | Rejected] = []
+        pictures = 0
+        for item in items:
+            batch.append(item)
+            pictures += len(item.pixels) if isinstance(item, Prepared) else 0
+            # Texts alone count too, so that a text-only shard is written as it is read.
+            if pictures >= self._settings.batch or len(batch) >= 8 * self._settings.batch:
+                yield batch
+                batch, pictures = [], 0
+        if batch:
+            yield batch
+
+    def _encode(self, batch: list[Prepared | Rejected]) -> np.ndarray:
+        # int64 [pictures of the batch, codes]; never more than `batch` pictures at once, whatever a document holds.
+        pixels = [picture for item in batch if isinstance(item, Prepared) for picture in item.pixels]
+        size = self._settings.batch
+        blocks = [self._image.encode(np.stack(pixels[i : i + size])).numpy() for i in range(0, len(pixels), size)]
+        return np.concatenate(blocks) if blocks else np.zeros((0, self.shape.image_tokens), np.int64)
+
+    def _store(self, writer: PartWriter, batch: list[Prepared | Rejected], codes: "Future[np.ndarray]") -> None:
+        pictures = iter(codes.result())
+        texts = [part for item in batch if isinstance(item, Prepared) for part in item.sample.parts if isinstance(part, str)]
+        ids = iter(self._text.encode_batch(texts))
+        for item in batch:
+            if isinstance(item, Rejected):
+                writer.reject(item)
+                continue
+            segments = [
+                (TEXT, np.asarray(next(ids), np.int64)) if isinstance(part, str) else (IMAGE, next(pictures))
+                for part in item.sample.parts
+            ]
+            writer.add(segments, item.meta)
+            self.documents += 1
+
+
+def _guarded(shard: Shard, options: ReadOptions) -> Iterator[Sample | Rejected]:
+    try:
+        yield from read_shard(shard, options)
+    except DataError as fault:
+        raise ShardFault(str(fault)) from fault
+
+
+def _result(item: "Future[Prepared | Rejected] | Rejected") -> Prepared | Rejected:
+    return item if isinstance(item, Rejected) else item.result()
+
+
+def _one_thread() -> None:
+    # One thread an encoder on the CPU: sums come out the same for any number of workers, which share the cores anyway.
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def _commit(temporary: Path, final: Path) -> None:
+    from megacm3.files import fsync_tree
+
+    fsync_tree(temporary)
+    if final.exists() and read_part(final) is None:
+        shutil.rmtree(final)
+    with contextlib.suppress(OSError):
+        # Another worker may have finished the same unit in the meantime: its part is the same.
+        os.rename(temporary, final)
+    if read_part(final) is None:
+        raise DataError(f"{final} could not be put in place")
+
+
+def write_fault(path: Path, shard: Shard, fault: ShardFault) -> None:
+    """Note that a shard could not be used."""
+    write_json(path, {"shard": shard.name, "reason": str(fault)})

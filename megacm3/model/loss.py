@@ -1,0 +1,132 @@
+"""Vocab-parallel cross entropy with z-loss, in chunks of tokens: [tokens, vocabulary] logits never exist whole.
+
+The gradient is computed with the forward pass, chunk by chunk, so that nothing of a chunk is kept and, under ZeRO-3, the
+weight is needed only once. With TP, softmax statistics are reduced over the tensor ranks in fp32.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+CHUNK = 1024
+"""Tokens of a chunk. At 65,536 ids in fp32 a chunk is 256 MB over all tensor ranks."""
+
+IGNORE = -100
+"""Target without loss."""
+
+
+@dataclass
+class LossState:
+    """Per-step numbers that pass between the loop and the head."""
+
+    scale: float = 1.0
+    """Factor of the sum of the token losses: data ranks x micro-batches / targets of the global batch."""
+    sums: torch.Tensor | None = None
+    """fp64 [8], summed over micro-batches: loss, z-loss, logZ, tokens, text loss, text tokens, image loss, image tokens."""
+    output_norm: list[torch.Tensor] = field(default_factory=list)
+    """Root mean square of the last layer's output, one a micro-batch."""
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """(hidden [N, H], weight [V/TP, H]) -> sum over targets of nll + z * logZ^2, times scale."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, plan: "_Plan") -> Any:
+        need = hidden.requires_grad or weight.requires_grad
+        grad_hidden = torch.empty_like(hidden) if need else None
+        wide = torch.float32 if weight.dtype != torch.float64 else torch.float64
+        grad_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if need else None
+        nll = torch.empty(hidden.shape[0], dtype=wide, device=hidden.device)
+        log_z = torch.empty_like(nll)
+        for low in range(0, hidden.shape[0], CHUNK):
+            rows = slice(low, low + CHUNK)
+            _chunk(hidden[rows], weight, targets[rows], plan, nll[rows], log_z[rows], grad_hidden, grad_weight, rows)
+        real = targets != IGNORE
+        total = (nll[real].sum() + plan.z_loss * log_z[real].square().sum()) * plan.scale
+        if need:
+            assert grad_weight is not None
+            ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
+        ctx.mark_non_differentiable(nll, log_z)
+        return total, nll, log_z
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor, *_: Any) -> Any:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return grad_hidden * grad, grad_weight * grad, None, None
+
+
+@dataclass(frozen=True)
+class _Plan:
+    group: Any
+    world: int
+    rank: int
+    vocab_size: int
+    z_loss: float
+    scale: float
+
+
+def _chunk(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    plan: _Plan,
+    nll: torch.Tensor,
+    log_z: torch.Tensor,
+    grad_hidden: torch.Tensor | None,
+    grad_weight: torch.Tensor | None,
+    rows: slice,
+) -> None:
+    width, first = weight.shape[0], plan.rank * weight.shape[0]
+    logits = hidden @ weight.T
+    logits = logits.to(nll.dtype)
+    if first + width > plan.vocab_size:  # padded rows of the table never count
+        logits[:, max(0, plan.vocab_size - first) :] = -torch.inf
+    top = logits.amax(dim=1)
+    if plan.world > 1:
+        dist.all_reduce(top, dist.ReduceOp.MAX, group=plan.group)
+    local = targets - first
+    mine = (local >= 0) & (local < width)
+    local = local.clamp(0, width - 1)
+    picked = torch.where(mine, logits.gather(1, local[:, None])[:, 0] - top, 0.0)
+    exp = logits.sub_(top[:, None]).exp_()
+    sums = torch.stack((exp.sum(dim=1), picked))
+    if plan.world > 1:
+        dist.all_reduce(sums, group=plan.group)
+    log_sum = sums[0].log()
+    nll.copy_(log_sum - sums[1])
+    log_z.copy_(log_sum + top)
+    if grad_hidden is None or grad_weight is None:
+        return
+    # d(nll + z logZ^2)/dlogit = softmax * (1 + 2 z logZ) - onehot, over real targets only
+    real = (targets != IGNORE).to(exp.dtype) * plan.scale
+    exp.mul_(((1.0 + 2.0 * plan.z_loss * log_z) * real / sums[0])[:, None])
+    exp.scatter_add_(1, local[:, None], (-real * mine)[:, None])
+    grad = exp.to(weight.dtype)
+    torch.mm(grad, weight, out=grad_hidden[rows])
+    if grad.dtype == grad_weight.dtype:
+        grad_weight.addmm_(grad.T, hidden)
+    else:
+        grad_weight.add_(grad.T @ hidden)
+
+
+def chunked_loss(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    vocab_size: int,
+    z_loss: float = 0.0,
+    scale: float = 1.0,
+    group: Any = None,
+    world: int = 1,
+    rank: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Cross entropy of hidden [N, H] against targets int64 [N] (IGNORE = none).
+
+    Returns (scaled total with gradient, nll [N], logZ [N]); nll and logZ are meaningless where there is no target. The
+    z-loss is z * logZ^2 over the same targets (Chameleon 2.3). With world > 1, `weight` holds this rank's rows.
+    """
+    plan = _Plan(group, world, rank, vocab_size, z_loss, scale)
+    return _ChunkedLoss.apply(hidden, weight, targets, plan)  # type: ignore[no-any-return,no-untyped-call]
