@@ -141,4 +141,3 @@ def perceptual_hash(pixels: np.ndarray) -> int:
 def _dct_rows() -> np.ndarray:
     # float64 [8, 32]: the first 8 basis functions of the DCT-II.
     return np.cos(np.pi * (2 * np.arange(32) + 1) * np.arange(8)[:, None] / 64)
-

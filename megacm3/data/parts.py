@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from megacm3.data.documents import IMAGE
 from megacm3.data.sources import Rejected
 from megacm3.data.store import KIND, Store, StoreShape, link_or_copy, part_name
 from megacm3.errors import DataError
@@ -104,7 +103,9 @@ def read_part(folder: Path) -> dict[str, Any] | None:
     if not (folder / "part.json").is_file():
         return None
     result = read_json(folder / "part.json")
-    whole = all((folder / n).is_file() and (folder / n).stat().st_size == e["bytes"] for n, e in result["files"].items())
+    whole = all(
+        (folder / n).is_file() and (folder / n).stat().st_size == e["bytes"] for n, e in result["files"].items()
+    )
     return result if whole else None
 
 

@@ -219,14 +219,17 @@ def _runner(plan: dict[str, Any], device: str, threads: int) -> UnitRunner:
     from megacm3.tokenizers.text import TextTokenizer
 
     text, image = plan["paths"]
-    runner = UnitRunner(TextTokenizer.load(text), ImageTokenizer.load(image, device), UnitSettings(**plan["settings"]), threads)
+    runner = UnitRunner(
+        TextTokenizer.load(text), ImageTokenizer.load(image, device), UnitSettings(**plan["settings"]), threads
+    )
     return runner
 
 
 def _ignore_interrupt() -> None:
     # Ctrl-C reaches every process of the terminal; the parent ends the workers, which then say nothing.
-    import multiprocess
     import signal
+
+    import multiprocess
 
     if multiprocess.parent_process() is not None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -336,7 +339,9 @@ def _bar(work: Path, total: int) -> Iterator[None]:
 
     quiet = not sys.stderr.isatty()
     done = threading.Event()
-    bar = tqdm(total=total, unit="B", unit_scale=True, desc="pretokenize", mininterval=10 if quiet else 0.5, file=sys.stderr)
+    bar = tqdm(
+        total=total, unit="B", unit_scale=True, desc="pretokenize", mininterval=10 if quiet else 0.5, file=sys.stderr
+    )
 
     def show() -> None:
         sums = [0, 0]

@@ -209,7 +209,12 @@ def _shards_of(path: str, base: str, rows_per_unit: int) -> list[Shard]:
         total = tables.dataset_rows(path)
         starts = range(0, total, rows_per_unit)
         return [
-            Shard(f"{name}[{start}:{min(start + rows_per_unit, total)}]", path, "dataset", (start, min(start + rows_per_unit, total)))
+            Shard(
+                f"{name}[{start}:{min(start + rows_per_unit, total)}]",
+                path,
+                "dataset",
+                (start, min(start + rows_per_unit, total)),
+            )
             for start in starts
         ]
     kind = _kind(path)

@@ -88,7 +88,9 @@ class Part:
             self._data = np.asarray(np.memmap(data, np.uint8, "r"))
         except (OSError, ValueError) as fault:
             raise DataError(f"{prefix}.idx/.bin cannot be read: {fault}") from fault
-        magic, version, code, sequences, bounds = _HEADER.unpack(raw[: _HEADER.size].tobytes().ljust(_HEADER.size, b"\0"))
+        magic, version, code, sequences, bounds = _HEADER.unpack(
+            raw[: _HEADER.size].tobytes().ljust(_HEADER.size, b"\0")
+        )
         if magic != _MAGIC or version != 1 or code not in _DTYPES:
             raise DataError(f"{index} is not an index that this store writes (version {version}, type {code})")
         expected = _HEADER.size + sequences * (4 + 8 + 1) + bounds * 8
@@ -138,7 +140,9 @@ class Store:
         """Fingerprints of the tokenizers, by role."""
         self.fingerprint = fingerprint
         self.shape = StoreShape(**{name: settings[name] for name in StoreShape.__dataclass_fields__})
-        self._starts = np.concatenate([[0], np.cumsum([part["documents"] for part in settings["parts"]])]).astype(np.int64)
+        self._starts = np.concatenate([[0], np.cumsum([part["documents"] for part in settings["parts"]])]).astype(
+            np.int64
+        )
         self._parts: OrderedDict[int, Part] = OrderedDict()
 
     @staticmethod

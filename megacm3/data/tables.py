@@ -94,7 +94,9 @@ def _open_dataset(path: str) -> Any:
     except (FileNotFoundError, ValueError, datasets.exceptions.DatasetsError) as fault:
         raise DataError(f"{path} cannot be read by datasets: {str(fault).splitlines()[0]}") from fault
     if isinstance(data, datasets.DatasetDict):
-        raise DataError(f"{path} holds the splits {', '.join(data)}; give one of them, such as {path}/{next(iter(data))}")
+        raise DataError(
+            f"{path} holds the splits {', '.join(data)}; give one of them, such as {path}/{next(iter(data))}"
+        )
     for name, feature in data.features.items():
         if isinstance(feature, datasets.Image):
             data = data.cast_column(name, datasets.Image(decode=False))

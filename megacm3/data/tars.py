@@ -52,7 +52,10 @@ def walk(path: str) -> _Walk:
                 key, suffix = _split(member.name)
                 if key is None or suffix is None or not member.isreg():
                     found.rows.setdefault(member.name, len(found.rows))
-                    found.bad[member.name] = ("not_a_sample", "a link or device" if key else "a name without KEY.suffix")
+                    found.bad[member.name] = (
+                        "not_a_sample",
+                        "a link or device" if key else "a name without KEY.suffix",
+                    )
                     continue
                 seen = members.setdefault(key, set())
                 if seen and key != last:
@@ -108,7 +111,9 @@ def read_webdataset(shard: Shard, options: ReadOptions) -> Iterator[Sample | Rej
     if not found.damage and expected is not None and expected != len(found.rows):
         found.damage = f"{len(found.rows)} samples, its _stats.json says {expected}"
     if found.damage and not options.allow_partial:
-        raise DataError(f"{shard.path} is damaged: {found.damage}; repair it or take what is whole with --allow-partial")
+        raise DataError(
+            f"{shard.path} is damaged: {found.damage}; repair it or take what is whole with --allow-partial"
+        )
     for key, (reason, detail) in found.bad.items():
         yield Rejected(key, shard.name, found.rows[key], reason, detail)
     if found.damage:

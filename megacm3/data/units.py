@@ -91,9 +91,7 @@ def prepare(sample: Sample, size: int, settings: UnitSettings) -> Prepared | Rej
 class UnitRunner:
     """Tokenizes shards, one after another, with one pair of tokenizers."""
 
-    def __init__(
-        self, text: TextTokenizer, image: ImageTokenizer, settings: UnitSettings, threads: int = 1
-    ) -> None:
+    def __init__(self, text: TextTokenizer, image: ImageTokenizer, settings: UnitSettings, threads: int = 1) -> None:
         self._text, self._image, self._settings = text, image, settings
         self._threads = threads
         self.shape = StoreShape(text.size, image.codebook_size, image.grid[0] * image.grid[1], image.image_size)
@@ -168,7 +166,9 @@ class UnitRunner:
 
     def _store(self, writer: PartWriter, batch: list[Prepared | Rejected], codes: "Future[np.ndarray]") -> None:
         pictures = iter(codes.result())
-        texts = [part for item in batch if isinstance(item, Prepared) for part in item.sample.parts if isinstance(part, str)]
+        texts = [
+            part for item in batch if isinstance(item, Prepared) for part in item.sample.parts if isinstance(part, str)
+        ]
         ids = iter(self._text.encode_batch(texts))
         for item in batch:
             if isinstance(item, Rejected):

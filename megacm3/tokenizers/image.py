@@ -78,7 +78,9 @@ class ImageTokenizer:
         pixels = torch.as_tensor(pixels)
         size = self.image_size
         if pixels.dtype != torch.uint8 or pixels.ndim != 4 or tuple(pixels.shape[1:]) != (size, size, 3):
-            raise DataError(f"pictures are {pixels.dtype} {list(pixels.shape)}; expected torch.uint8 [n, {size}, {size}, 3]")
+            raise DataError(
+                f"pictures are {pixels.dtype} {list(pixels.shape)}; expected torch.uint8 [n, {size}, {size}, 3]"
+            )
         with full_precision():
             latents = self._network.encode(to_unit(pixels.to(self._device))).latents
             codes = nearest_codes(latents, self._network.quantize.embedding.weight)
@@ -131,7 +133,11 @@ def load_network(folder: str | Path) -> "VQModel":
 
     try:
         network, info = VQModel.from_pretrained(
-            str(folder), torch_dtype=torch.float32, local_files_only=True, output_loading_info=True, low_cpu_mem_usage=False
+            str(folder),
+            torch_dtype=torch.float32,
+            local_files_only=True,
+            output_loading_info=True,
+            low_cpu_mem_usage=False,
         )
     except (OSError, ValueError, RuntimeError) as fault:
         raise DataError(f"{folder} holds no diffusers.VQModel: {str(fault).splitlines()[0]}") from fault

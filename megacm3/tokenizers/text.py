@@ -133,7 +133,9 @@ def train_text_tokenizer(
     import sentencepiece
 
     if vocab_size < BYTE_PIECES + 2:
-        raise ConfigError(f"--vocab-size {vocab_size} is too small: {BYTE_PIECES} byte pieces, <unk> and text need more")
+        raise ConfigError(
+            f"--vocab-size {vocab_size} is too small: {BYTE_PIECES} byte pieces, <unk> and text need more"
+        )
     count = 0
 
     def counted() -> Iterator[str]:
@@ -150,7 +152,7 @@ def train_text_tokenizer(
         nonlocal fault_of_input
         try:
             yield from counted()
-        except Exception as fault:  # noqa: BLE001 - raised again below
+        except Exception as fault:
             fault_of_input = fault
 
     try:
