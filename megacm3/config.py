@@ -79,6 +79,18 @@ class MixtureEntry:
     """Share of the documents drawn, relative to the other entries."""
     neighbours: str = ""
     """Neighbour folder of this store; empty = no retrieved documents from it."""
+    epochs: float = 0.0
+    """Most passes over the store in the whole training; its weight is lowered to keep to it. 0 = no limit."""
+
+
+@dataclass
+class StageConfig:
+    """A part of the training with its own weights of the mixture."""
+
+    share: float = 1.0
+    """Part of the training, by tokens; the shares of all stages add up to 1."""
+    weights: list[float] = field(default_factory=list)
+    """Weight of each entry of data.mixture, in their order, in place of the entries' own."""
 
 
 @dataclass
@@ -86,6 +98,12 @@ class DataConfig:
     """Where samples come from and how they are packed."""
 
     mixture: list[MixtureEntry] = field(default_factory=list)
+    stages: list[StageConfig] = field(default_factory=list)
+    """One after another, such as Chameleon's 0.8 and 0.2; empty = one stage with the entries' weights."""
+    upsample: float = 0.0
+    """A store's share is at most so many times its part of all documents (CM3Leon's fine-tuning: 3). 0 = no bound."""
+    downsample: float = 0.0
+    """A store's share is at least so many times its part of all documents (CM3Leon's fine-tuning: 0.3). 0 = no bound."""
     packing: str = "blocks"
     """blocks (samples one after another, cut at every sequence) | whole (samples and images are never cut)."""
     seed: int = 0
