@@ -3,10 +3,10 @@
     </s> a cat B I I I </s>   ->   </s> <sentinel:0> B I I I </s>   <sentinel:0> a cat <eoss>
                                    `------- source ---------'       `--------- tail --------'
 
-n ~ Poisson(mean) spans add 3n tokens. Room for them is planned before (packing.py), so that no token of source or tail is
-ever cut off. Spans lie inside segments: the runs between control tokens (`</s>`, `<break>`, padding, ...), so that none
-crosses `<break>` or the end of a document. Sources: CM3Leon 2.2, CM3 (arXiv:2201.07520); where the published code has
-defects, the tests in tests/unit/data/test_cm3.py say which.
+n ~ Poisson(mean) spans add 3n tokens. Room for them is planned before (packing.py), so that no token of source or tail
+is ever cut off. Spans lie inside segments: the runs between control tokens (`</s>`, `<break>`, padding, ...), so that
+none crosses `<break>` or the end of a document. Sources: CM3Leon 2.2, CM3 (arXiv:2201.07520); where the published code
+has defects, the tests in tests/unit/data/test_cm3.py say which.
 """
 
 import numpy as np
@@ -48,9 +48,9 @@ def span_limit(length: int, content: int, vocabulary: Vocabulary) -> int:
 def choose_spans(bounds: np.ndarray, length: int, count: int, whole: float, rng: np.random.Generator) -> np.ndarray:
     """int64 [count, 2]: `count` disjoint non-empty spans in order, each inside one segment of `bounds`.
 
-    With probability `whole` the spans are distinct whole segments (when count is 1 or less than the number of segments);
-    else `count` disjoint uniform spans of the `length` tokens, each clipped to the segment that it overlaps most. Returns
-    fewer spans only where there are fewer tokens in segments than `count`.
+    With probability `whole` the spans are distinct whole segments (when count is 1 or less than the number of
+    segments); else `count` disjoint uniform spans of the `length` tokens, each clipped to the segment that it overlaps
+    most. Returns fewer spans only where there are fewer tokens in segments than `count`.
     """
     if count == 0 or len(bounds) == 0:
         return np.zeros((0, 2), np.int64)
@@ -75,8 +75,8 @@ def rearrange(tokens: np.ndarray, spans: np.ndarray, vocabulary: Vocabulary) -> 
     """Move `spans` [count, 2] (disjoint, in order) of `tokens` [n] behind sentinels to the end.
 
     Returns (tokens int64 [n + 3 count], origin int64 [n + 3 count]): origin is the position in the argument that each
-    token comes from, for sentinels and `<eoss>` the first position of their span; it carries along whatever else is known
-    of each token.
+    token comes from, for sentinels and `<eoss>` the first position of their span; it carries along whatever else is
+    known of each token.
     """
     if len(spans) == 0:
         return tokens, np.arange(len(tokens))

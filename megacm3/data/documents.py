@@ -2,8 +2,8 @@
 
 Layouts (T text ids, I the codes of one picture, B `<break>`), sources in the README:
 
-    cm3leon     </s> (T B I B) x K  T B I </s>      one B at every change between text and picture, between two pictures,
-                                                    and between documents; nothing between two texts of one document
+    cm3leon     </s> (T B I B) x K  T B I </s>      one B between text and picture, two pictures, and two documents;
+                                                    nothing between two texts of one document
     chameleon   <s> T BOI I EOI ... </s>            every picture in its own pair of marks
     turns       prompt <end-of-turn> answer         fine-tuning: where answers begin and end (Chameleon; optional else)
 
@@ -25,7 +25,7 @@ ANSWER = 2
 """Bit of a store's mode beside the kind: the segment is part of an answer (fine-tuning)."""
 
 Shape = tuple[tuple[int, int], ...]
-"""A document without its tokens: (mode, number of tokens) of each segment; mode = kind, plus ANSWER where it applies."""
+"""A document without its tokens: (mode, number of tokens) of each segment; mode = kind + ANSWER where it applies."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Layout:
     """Put `<end-of-turn>` where prompt and answer meet."""
 
     def _walk(self, shapes: Sequence[Shape]) -> Iterator[tuple[int, bool, tuple[int, int] | None]]:
-        """The sample in order: (control id, bears answer loss, None) or (-1, bears answer loss, (document, segment))."""
+        """The sample in order: (control id, bears answer loss, None) or (-1, same, (document, segment))."""
         vocabulary, chameleon = self.vocabulary, self.vocabulary.family == "chameleon"
         before: int | None = None
         answering = False
@@ -176,7 +176,7 @@ def infill_caption_prompt(vocabulary: Vocabulary, codes: np.ndarray, retrieved: 
 def image_to_text_prompt(
     vocabulary: Vocabulary, codes: np.ndarray, text_ids: Sequence[int] | np.ndarray = (), turn: bool = False
 ) -> np.ndarray:
-    """int64 ids of a picture and a question, after which text follows: `<s> BOI I EOI T`, with `<end-of-turn>` if `turn`.
+    """int64 ids `<s> BOI I EOI T` of a picture and a question, `<end-of-turn>` behind them if `turn`: text follows.
 
     For cm3leon the picture-first order `</s> I B T` of its plain fine-tuning.
     """

@@ -1,7 +1,7 @@
 """From the stream to training steps: who gets which sequences, as tensors, read ahead by worker processes.
 
-Step s is made of sequences s x global_batch and on; rank r of the data-parallel group takes the r-th equal part of them.
-So the state is one number, and neither ranks nor workers change what a step contains.
+Step s is made of sequences s x global_batch and on; rank r of the data-parallel group takes the r-th equal part of
+them. So the state is one number, and neither ranks nor workers change what a step contains.
 """
 
 import hashlib
@@ -26,8 +26,8 @@ class Step:
 
     number: int
     micro_batches: list[dict[str, torch.Tensor]]
-    """For each accumulation: tokens int64 [b, L], targets int64 [b, L] (-100 = no loss), documents int32 [b, L] (index of
-    the sample at each position, -1 = padding), numbers int64 [b] (of the sequences in the stream)."""
+    """For each accumulation: tokens int64 [b, L], targets int64 [b, L] (-100 = no loss), documents int32 [b, L] (index
+    of the sample at each position, -1 = padding), numbers int64 [b] (of the sequences in the stream)."""
     samples_sha256: str
     """Of the sample numbers of the whole global batch: the same on all ranks, whatever their number."""
     counts: dict[str, int]
@@ -129,7 +129,6 @@ class Loader:
 
     def __iter__(self) -> Iterator[Step]:
         """Steps from `start_step` on. Raises DataError when a store is damaged or a worker dies."""
-        ahead = {"multiprocessing_context": "fork", "prefetch_factor": 2} if self.workers else {}
         steps = iter(
             torch.utils.data.DataLoader(
                 self._steps,
@@ -139,7 +138,8 @@ class Loader:
                 collate_fn=_same,
                 # Its own generator: the loader must not draw from the one that dropout uses.
                 generator=torch.Generator(),
-                **ahead,
+                prefetch_factor=2 if self.workers else None,
+                multiprocessing_context="fork" if self.workers else None,
             )
         )
         for number in itertools.count(self.start_step):
@@ -168,7 +168,7 @@ def _same(value: Any) -> Any:
 def check_resume(saved: dict[str, Any], stream: Stream) -> None:
     """Raise CheckpointError, naming what differs, unless `saved` (a `Stream.description`) is that of `stream`."""
     now = stream.description
-    differing = [path for path in _paths(saved, now)]
+    differing = list(_paths(saved, now))
     if differing:
         listed = "; ".join(differing[:5])
         raise CheckpointError(

@@ -60,8 +60,8 @@ def capped_weights(weights: Sequence[float], sizes: Sequence[int], up: float = 0
 def limit_epochs(weights: Sequence[float], sizes: Sequence[int], epochs: Sequence[float], draws: int) -> list[float]:
     """Weights lowered so that no store is passed over more than its `epochs` times in `draws` samples (0 = no limit).
 
-    What one store may not give, the others give in proportion. Raises ConfigError when all are at their limits and there
-    are still too few documents.
+    What one store may not give, the others give in proportion. Raises ConfigError when all are at their limits and
+    there are still too few documents.
     """
     shares = np.asarray(weights, np.float64)
     shares = shares / shares.sum()
@@ -141,7 +141,7 @@ class Mixture:
         return max(i for i, stage in enumerate(self.stages) if stage.first <= number)
 
     def lookup(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Stores, documents and epochs, int64 [count] each, of samples first .. first + count - 1 (all of one stage)."""
+        """Stores, documents and epochs, int64 [count] each, of `count` samples from `first` on, all of one stage."""
         stage = self.stage_of(first)
         numbers = np.arange(first, first + count) - self.stages[stage].first
         slots, rounds = numbers % PERIOD, numbers // PERIOD

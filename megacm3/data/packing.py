@@ -2,8 +2,8 @@
 
 `blocks` (the papers' way): samples one after another, cut wherever a sequence is full. `whole`: a sample is never cut;
 sequences are filled by best fit, the room left is padding. Both fill a fixed number of sequences from one window of
-samples, so that a sequence's number says which window it is in: what a window has too much is left out and counted, what
-it has too little becomes padding, spread so that no sequence is empty.
+samples, so that a sequence's number says which window it is in: what a window has too much is left out and counted,
+what it has too little becomes padding, spread so that no sequence is empty.
 
 Only lengths are needed here: no token is read.
 """
@@ -90,9 +90,9 @@ def blocks_needed(lengths: np.ndarray, size: int, spans: float) -> float:
 def pack_blocks(lengths: np.ndarray, size: int, spans: np.ndarray) -> Packed:
     """Cut the samples' concatenation into one sequence for each entry of `spans`.
 
-    lengths: int64 [samples]. size: tokens of a sequence, those that CM3 adds included. spans: int64 [sequences]; a sequence
-    with n of them holds size - 3n tokens before the rearrangement. Where the samples fill less than all sequences, every
-    sequence is made shorter by the same share.
+    lengths: int64 [samples]. size: tokens of a sequence, those that CM3 adds included. spans: int64 [sequences]; a
+    sequence with n of them holds size - 3n tokens before the rearrangement. Where the samples fill less than all
+    sequences, every sequence is made shorter by the same share.
     """
     rooms = size - 3 * spans
     total, needed = int(lengths.sum()), int(rooms.sum())
@@ -116,8 +116,9 @@ def pack_blocks(lengths: np.ndarray, size: int, spans: np.ndarray) -> Packed:
 def fit_whole(lengths: np.ndarray, size: int, spans: np.ndarray) -> list[list[int]]:
     """Sample numbers of each sequence, by best fit, longest samples first; as many sequences as needed.
 
-    spans: int64 [samples]. The first sample of a sequence decides with its entry how many spans the sequence has, so that
-    the number of spans does not depend on how well a sample fits. Every `lengths[i] + 3 * spans[i]` is at most `size`.
+    spans: int64 [samples]. The first sample of a sequence decides with its entry how many spans the sequence has, so
+    that the number of spans does not depend on how well a sample fits. Every `lengths[i] + 3 * spans[i]` is at most
+    `size`.
     """
     assert bool((lengths + 3 * spans <= size).all())
     sequences: list[list[int]] = []
@@ -141,8 +142,8 @@ def fit_whole(lengths: np.ndarray, size: int, spans: np.ndarray) -> list[list[in
 def pack_whole(lengths: np.ndarray, size: int, spans: np.ndarray, sequences: int, rng: np.random.Generator) -> Packed:
     """Exactly `sequences` sequences of whole samples, in random order.
 
-    Too many: the last of the random order are left out. Too few: sequences of several samples are split, so that none is
-    empty as long as there are as many samples as sequences. Arguments as in `fit_whole`.
+    Too many: the last of the random order are left out. Too few: sequences of several samples are split, so that none
+    is empty as long as there are as many samples as sequences. Arguments as in `fit_whole`.
     """
     fitted = fit_whole(lengths, size, spans)
     order = rng.permutation(len(fitted)).tolist()

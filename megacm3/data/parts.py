@@ -57,7 +57,7 @@ class PartWriter:
         self._builder: Any = None
         self._meta: list[dict[str, Any]] = []
         self._rejects: list[dict[str, Any]] = []
-        self._sequences = self._tokens = 0
+        self._sequences = self._tokens = self._longest = self._longest_row = 0
 
     def add(self, segments: Iterable[tuple[int, np.ndarray]], meta: dict[str, Any]) -> None:
         """Append one document; `meta` has values for some of `META_FIELDS`. Raises DataError for a segment out of shape.
@@ -73,6 +73,8 @@ class PartWriter:
             )
         lengths = [len(tokens) for _, tokens in checked]
         self._builder.add_document(np.concatenate([t for _, t in checked]), lengths, [kind for kind, _ in checked])
+        if sum(lengths) + 2 * len(lengths) > self._longest:
+            self._longest, self._longest_row = sum(lengths) + 2 * len(lengths), len(self._meta)
         self._meta.append({name: meta.get(name) for name in META_FIELDS})
         self._sequences += len(lengths)
         self._tokens += sum(lengths)
@@ -89,6 +91,7 @@ class PartWriter:
         write_table(self._folder / "rejects.parquet", REJECT_FIELDS, self._rejects)
         files = {path.name: _entry(path) for path in sorted(self._folder.iterdir())}
         counts = {"documents": len(self._meta), "sequences": self._sequences, "tokens": self._tokens}
+        counts |= {"longest": self._longest, "longest_row": self._longest_row}
         result = counts | {"rejects": len(self._rejects), "files": files}
         write_json(self._folder / "part.json", result)
         return result
@@ -135,7 +138,7 @@ def assemble(
                 final = f"{stem}/{part_name(number)}.{suffix}"
                 link_or_copy(source / name, temporary / final)
                 known[final] = entry
-            counts.append({key: result[key] for key in ("documents", "sequences", "tokens", "rejects")})
+            counts.append({key: value for key, value in result.items() if key != "files"})
         totals = {key: sum(part[key] for part in counts) for key in ("documents", "tokens", "rejects")}
         sizes = {name: getattr(shape, name) for name in StoreShape.__dataclass_fields__}
         everything = sizes | {"dtype": shape.dtype.name} | totals | {"parts": counts} | (settings or {})

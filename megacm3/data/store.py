@@ -188,6 +188,12 @@ class Store:
         part, row = self._locate(doc_id)
         return part.segment_lengths(row)
 
+    def longest(self) -> int:
+        """Number of the document with the most tokens, two control tokens a segment counted; reads the manifest only."""
+        parts = self.settings["parts"]
+        number = max(range(len(parts)), key=lambda n: parts[n]["longest"])
+        return int(self._starts[number]) + parts[number]["longest_row"]
+
     @cached_property
     def _dup_cluster(self) -> np.ndarray:
         return np.load(self.folder / "dup_cluster.npy", mmap_mode="r")

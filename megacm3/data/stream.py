@@ -1,8 +1,8 @@
 """The global stream of packed sequences: a pure function of (settings, stores, position).
 
-Sequence n lies in window n // sequences; a window takes a fixed number of samples of the mixture and fills a fixed number
-of sequences from them (packing.py). So any position is reached by planning one window, which reads lengths and neighbour
-lists but no token; and every random number is keyed by the number of a sample, a sequence or a window.
+Sequence n lies in window n // sequences; a window takes a fixed number of samples of the mixture and fills a fixed
+number of sequences from them (packing.py). So any position is reached by planning one window, which reads lengths and
+neighbour lists but no token; and every random number is keyed by the number of a sample, a sequence or a window.
 """
 
 import dataclasses
@@ -316,8 +316,8 @@ class Stream:
         tokens, answers = self._layout.assemble(documents)
         if len(tokens) != drawn.length:
             raise DataError(
-                f"document {drawn.documents[-1]} of {self.sources[drawn.source].name} makes {len(tokens)} tokens; its index "
-                f"says {drawn.length}: the store is damaged; check it with tools/verify_data.py"
+                f"document {drawn.documents[-1]} of {self.sources[drawn.source].name} makes {len(tokens)} tokens, but "
+                f"{drawn.length} by its index: the store is damaged; check it with tools/verify_data.py"
             )
         if self._per_sample:
             rng = _rng("rearrange", self.settings.seed, "sample", drawn.number)
