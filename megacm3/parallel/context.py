@@ -31,6 +31,8 @@ class ParallelContext:
     pipeline_group: Any
     model_group: Any
     """Tensor x pipeline: all ranks that hold one copy of the model."""
+    control_group: Any
+    """All ranks, on the CPU: signals and bookkeeping."""
     device: torch.device
 
     @property
@@ -118,6 +120,7 @@ def build_context(config: Config, device: torch.device) -> ParallelContext:
         data_group=_groups(grid.transpose(0, 2, 1).reshape(-1, data), rank),
         pipeline_group=_groups(grid.transpose(1, 2, 0).reshape(-1, pipeline), rank),
         model_group=_groups(grid.transpose(1, 0, 2).reshape(data, -1), rank),
+        control_group=dist.new_group(backend="gloo"),
         device=device,
     )
 

@@ -1,0 +1,92 @@
+"""The trainer: `deepspeed --num_gpus N --module megacm3.train CONFIG.yaml [key=value ...]` (torchrun works too)."""
+
+import argparse
+import logging
+import os
+import socket
+import sys
+
+from megacm3.command import run as run_command
+from megacm3.config import Config, load_config
+from megacm3.errors import ConfigError
+
+
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="megacm3.train",
+        description="Pretrain or fine-tune a model of the CM3Leon / Chameleon family.",
+        epilog="Keys are listed with their meaning in megacm3/config.py; any can be given as key=value.",
+    )
+    parser.add_argument("config", help="YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example train.steps=100")
+    parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+def _environment(local_rank: int | None) -> int:
+    """Fill in what a launcher would set, for a run of one process; return the world size."""
+    if local_rank is not None:
+        os.environ.setdefault("LOCAL_RANK", str(local_rank))
+    if "WORLD_SIZE" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    return int(os.environ["WORLD_SIZE"])
+
+
+def check_launch(config: Config, world: int) -> None:
+    """All that can be known before any process group exists. Raises ConfigError."""
+    from megacm3.parallel.context import check_world
+    from megacm3.parallel.engine import fill_deepspeed_json
+
+    if not config.train.out:
+        raise ConfigError("train.out is empty; give the run's folder, for example train.out=runs/first")
+    fill_deepspeed_json(config, check_world(config, world))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse, check, build, train."""
+    arguments = _arguments(argv)
+    world = _environment(arguments.local_rank)
+    if os.environ["RANK"] != "0":
+        # The others leave with the same code; one voice is enough.
+        sys.stderr = open(os.devnull, "w") if "MEGACM3_ALL_RANKS" not in os.environ else sys.stderr
+        logging.disable(logging.WARNING)
+    config = load_config(arguments.config, arguments.overrides)
+
+    from megacm3.parallel.cpu import choose_device, prepare
+
+    device = choose_device(config.train.device)
+    prepare(device)
+    check_launch(config, world)
+    return _train(config, device)
+
+
+def _train(config: Config, device: "object") -> int:
+    import torch
+
+    assert isinstance(device, torch.device)
+    import deepspeed
+
+    from megacm3.parallel.context import build_context
+    from megacm3.training.loop import train
+    from megacm3.training.run import build_run
+
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    log = logging.getLogger(__name__)
+    deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo")
+    context = build_context(config, device)
+    log.info(
+        "%d ranks on %s: tensor %d, data %d, pipeline %d",
+        *(context.world, device.type, context.tensor, context.data, context.pipeline),
+    )
+    run = build_run(config, context)
+    run.resume()
+    train(run)
+    torch.distributed.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)
