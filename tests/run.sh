@@ -34,4 +34,4 @@ if ((paths == 0)); then arguments+=("$ROOT/tests"); fi
 export OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 cores="$(python -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')"
 cd "$ROOT"
-exec python -m pytest -c tests/pytest.ini -n "$((cores > 1 ? 2 : 0))" --dist loadgroup "${arguments[@]}"
+exec python -m pytest -c tests/pytest.ini --rootdir "$ROOT" -n "$((cores > 1 ? 2 : 0))" --no-loadscope-reorder "${arguments[@]}"

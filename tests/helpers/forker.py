@@ -1,0 +1,192 @@
+"""Imports the heavy libraries once, then forks the ranks of each case of tests/helpers/distributed.py.
+
+Forking is safe as long as this process has a single thread, which is asserted: with one thread for OpenMP and BLAS,
+none of the imports starts another, and nothing is computed here.
+"""
+
+import ctypes
+import faulthandler
+import importlib
+import os
+import pickle
+import signal
+import socket
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+PRELOAD = (
+    "torch.distributed",
+    "deepspeed.pipe",
+    "deepspeed.runtime.engine",
+    "megatron.core.parallel_state",
+    "megatron.core.tensor_parallel",
+    "megatron.core.transformer",
+)
+GRACE_SECONDS = 2.0
+"""How long the other ranks may go on after one has failed: enough for gloo to notice a lost peer."""
+OUTPUT_TAIL = 4000
+"""Characters of a rank's output in a report."""
+
+
+class Rank:
+    """One forked rank, seen from the forker."""
+
+    def __init__(self, rank: int, job: dict[str, Any], port: int, folder: str) -> None:
+        self.rank = rank
+        self.output = Path(folder) / f"rank_{rank}.txt"
+        self.result: bytes | None = None
+        self.problem = ""
+        ours, theirs = socket.socketpair()
+        self.pid = os.fork()
+        if self.pid == 0:
+            ours.close()
+            _be_rank(rank, job, port, self.output, Connection(theirs.detach()))
+        theirs.close()
+        self.connection = Connection(ours.detach())
+
+    @property
+    def running(self) -> bool:
+        """Neither result nor problem yet."""
+        return self.result is None and not self.problem
+
+    def receive(self) -> None:
+        """Take the result, the traceback, or the fact that the rank is gone."""
+        try:
+            ok, payload = self.connection.recv()
+        except (EOFError, ConnectionError):
+            _, status = os.waitpid(self.pid, 0)
+            self.pid = 0
+            code = os.waitstatus_to_exitcode(status)
+            self.problem = f"died of {signal.Signals(-code).name}" if code < 0 else f"left with exit code {code}"
+            return
+        if ok:
+            self.result = payload
+        else:
+            self.problem = payload
+
+    def give_up(self, why: str) -> None:
+        """Note where the rank hangs: its stacks go to its output."""
+        os.kill(self.pid, signal.SIGUSR1)
+        time.sleep(0.3)
+        self.problem = f"{why}; its stacks are at the end of its output"
+
+    def end(self) -> None:
+        """Let a finished rank leave, kill another."""
+        if self.pid:
+            if self.result is not None:
+                self.connection.send("leave")
+            else:
+                os.kill(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
+        self.connection.close()
+
+    def report(self) -> str:
+        """A paragraph for the reader of the failed test."""
+        if self.result is not None:
+            return f"rank {self.rank}: finished"
+        text = self.output.read_text(errors="replace")[-OUTPUT_TAIL:]
+        return f"rank {self.rank}: {self.problem.rstrip()}\n--- its output:\n{text.rstrip() or '(none)'}"
+
+
+def _be_rank(rank: int, job: dict[str, Any], port: int, output: Path, connection: Connection) -> None:
+    """The life of a forked rank; does not return."""
+    if sys.platform == "linux":
+        # Die with the forker: PR_SET_PDEATHSIG = 1 (sys/prctl.h).
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    log = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    faulthandler.enable(sys.__stderr__)
+    faulthandler.register(signal.SIGUSR1, sys.__stderr__, all_threads=True)
+    world = str(job["world_size"])
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=world, LOCAL_WORLD_SIZE=world, LOCAL_SIZE=world)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    code = 0
+    try:
+        function = getattr(sys.modules[job["module"]], job["name"])
+        connection.send((True, pickle.dumps(function(**pickle.loads(job["kwargs"])))))
+        # Rank 0 holds the store of the process groups: nobody leaves before all are through.
+        connection.recv()
+    except EOFError:
+        code = 1
+    except BaseException:
+        connection.send((False, traceback.format_exc()))
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _import(job: dict[str, Any]) -> None:
+    """Import the function's module under the name that the test process knows it by, so that its classes pickle."""
+    module = importlib.import_module(job["module"])
+    assert module.__file__ == job["path"], f"{job['module']} is {module.__file__} here, {job['path']} in the test"
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _run(job: dict[str, Any], parent: Connection) -> tuple[bool, Any]:
+    """Fork the ranks of one case and wait for them. The reports stand in the order in which the ranks failed."""
+    _import(job)
+    assert sys.platform != "linux" or len(os.listdir("/proc/self/task")) == 1
+    deadline = time.monotonic() + job["timeout"]
+    failed: list[Rank] = []
+    with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
+        port = _free_port()
+        ranks = [Rank(rank, job, port, folder) for rank in range(job["world_size"])]
+        try:
+            while running := {rank.connection: rank for rank in ranks if rank.running}:
+                ready = wait([parent, *running], max(0.0, deadline - time.monotonic()))
+                if parent in ready:
+                    sys.exit("the test process is gone")
+                for connection in ready:
+                    rank = running[connection]  # type: ignore[index]
+                    rank.receive()
+                    if rank.problem:
+                        failed.append(rank)
+                        deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
+                if not ready:
+                    why = (
+                        f"was still running {GRACE_SECONDS:.0f} s after rank {failed[0].rank} failed" if failed else ""
+                    )
+                    for rank in running.values():
+                        rank.give_up(why or f"was still running after {job['timeout']:.0f} s")
+                    failed.extend(running.values())
+            if failed:
+                return False, "\n\n".join(rank.report() for rank in failed)
+            return True, [rank.result for rank in ranks]
+        finally:
+            for rank in ranks:
+                rank.end()
+
+
+def main() -> None:
+    parent = Connection(int(sys.argv[1]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # megatron-core's, about optional libraries
+        for name in PRELOAD:
+            importlib.import_module(name)
+    while True:
+        try:
+            job = parent.recv()
+        except EOFError:
+            return
+        try:
+            answer = _run(job, parent)
+        except Exception:
+            answer = False, traceback.format_exc()
+        parent.send(answer)
+
+
+if __name__ == "__main__":
+    main()
