@@ -1,8 +1,8 @@
 """`Generator`: pictures, captions, answers, fillings and interleaved documents from an exported folder.
 
-    generator = Generator.load("runs/quickstart/hf")
-    pixels = generator.images(["a red apple"], guidance=3.0, seed=0)      # uint8 [prompts, n, s, s, 3]
-    texts = generator.caption(pixels[:, 0])
+generator = Generator.load("runs/quickstart/hf")
+pixels = generator.images(["a red apple"], guidance=3.0, seed=0)      # uint8 [prompts, n, s, s, 3]
+texts = generator.caption(pixels[:, 0])
 """
 
 from collections.abc import Iterator, Sequence

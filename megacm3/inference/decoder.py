@@ -136,9 +136,7 @@ class Decoder:
         )
         return F.linear(out.transpose(1, 2).reshape(rows, width, -1), layer.out)
 
-    def _head_norm(
-        self, x: torch.Tensor, parameters: tuple[torch.Tensor, torch.Tensor | None] | None
-    ) -> torch.Tensor:
+    def _head_norm(self, x: torch.Tensor, parameters: tuple[torch.Tensor, torch.Tensor | None] | None) -> torch.Tensor:
         if parameters is None:
             return x
         weight, bias = parameters

@@ -156,6 +156,7 @@ class _Run:
                 for i, active in enumerate(group.members):
                     yield from self._advance(active, None if values is None else values[i], opening)
             self._drop_rows()
+            self.hidden_RH = self.hidden_RH[:0]
             if self.rows:
                 self.hidden_RH = self.decoder.forward(self.tokens_R[:, None], self.lengths, self.cache)[:, 0]
                 self.lengths = [length + 1 for length in self.lengths]
@@ -167,7 +168,7 @@ class _Run:
         while self.waiting and reserved + self.waiting[0][1].guidance.streams <= self.max_rows:
             number, request = self.waiting.popleft()
             reserved += request.guidance.streams
-            cursor = self.grammar.begin(request.mode, self.engine.room(request), request.codes)
+            cursor = self.grammar.begin(request.mode, self.engine.room(request), request.codes, request.prompt[-1])
             new.append(_Active(number, request, cursor, self.free_slots.pop()))
         self.active += new
         # A request that begins inside an image needs its guidance rows at once.

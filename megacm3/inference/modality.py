@@ -76,14 +76,19 @@ class Grammar:
         """int64 [codebook], ascending"""
         self.ends = frozenset(ends)
 
-    def begin(self, mode: Modes, room: int, codes: int | None = None) -> "Cursor":
-        """A request's start; `room` tokens may still come, `codes` of an image when not all of it is wanted."""
+    def begin(self, mode: Modes, room: int, codes: int | None = None, last: int | None = None) -> "Cursor":
+        """A request's start.
+
+        `room` tokens may still come, `codes` of an image when not all of it is wanted; `last` is the prompt's last id.
+        """
         state = {
             Modes.TEXT: State.TEXT,
             Modes.IMAGE: State.IMAGE,
             Modes.INTERLEAVED: State.OPEN,
             Modes.INFILL: State.INFILL,
         }[mode]
+        if mode == Modes.INTERLEAVED and self.vocabulary.family == "cm3leon" and last == self.vocabulary.break_:
+            state = State.AFTER
         left = (self.vocabulary.image_tokens if codes is None else codes) if mode == Modes.IMAGE else 0
         assert left <= room
         return Cursor(self, mode, state, left, room)

@@ -28,9 +28,9 @@ def prefill(decoder: Decoder, prompts: Sequence[Sequence[int]], cache: Cache, fi
     slots = max(map(len, unique))
     scratch = decoder.cache(len(unique), slots)
     starts = [0] * len(unique)
-    for first, last, length in _clusters(unique):
-        # The cluster's common beginning runs once, in its first row, and is copied to the others.
-        decoder.forward(_tokens([unique[first][:length]], decoder), [0], scratch, first)
+    for first, last, depth, length in _shared(unique, 0, len(unique), 0):
+        # The run's common beginning goes through once, in its first row, and is copied to the others.
+        decoder.forward(_tokens([unique[first][depth:length]], decoder), [depth], scratch, first)
         for row in range(first, last):
             starts[row] = length
             if row > first:
@@ -42,21 +42,24 @@ def prefill(decoder: Decoder, prompts: Sequence[Sequence[int]], cache: Cache, fi
     return hidden[[place[prompt] for prompt in wanted]]
 
 
-def _clusters(prompts: Sequence[Ids]) -> list[tuple[int, int, int]]:
-    """(first, last + 1, common length) of runs of the sorted `prompts` that begin alike."""
-    clusters, first = [], 0
-    while first < len(prompts):
-        # At least one token of every prompt stays, since its hidden state is the result.
-        length, last = len(prompts[first]) - 1, first + 1
-        while last < len(prompts):
-            common = min(length, len(prompts[last]) - 1, _common(prompts[first], prompts[last]))
-            if common < SHARE_FROM:
+def _shared(prompts: Sequence[Ids], first: int, last: int, depth: int) -> list[tuple[int, int, int, int]]:
+    """(first, last + 1, from, to): runs of the sorted `prompts` whose tokens [from, to) are alike, outer runs first.
+
+    At least one token of every prompt stays, since its hidden state is the result.
+    """
+    steps = []
+    while first < last:
+        stop, length = first + 1, len(prompts[first])
+        while stop < last:
+            a, b = prompts[stop - 1], prompts[stop]
+            common = min(_common(a, b), len(a) - 1, len(b) - 1)
+            if common < depth + SHARE_FROM:
                 break
-            length, last = common, last + 1
-        if last - first > 1:
-            clusters.append((first, last, length))
-        first = last
-    return clusters
+            stop, length = stop + 1, min(length, common)
+        if stop - first > 1:
+            steps += [(first, stop, depth, length), *_shared(prompts, first, stop, length)]
+        first = stop
+    return steps
 
 
 def _common(a: Ids, b: Ids) -> int:

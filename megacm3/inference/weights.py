@@ -229,9 +229,7 @@ def _read_llama(read: _Reader, a: Architecture, tied: bool) -> Weights:
     layers = []
     for i in range(a.layers):
         at = f"model.layers.{i}"
-        qkv = [
-            read(f"{at}.self_attn.{name}_proj.weight", width if name == "q" else kv_width, hidden) for name in "qkv"
-        ]
+        qkv = [read(f"{at}.self_attn.{name}_proj.weight", width if name == "q" else kv_width, hidden) for name in "qkv"]
         gate_up = [read(f"{at}.mlp.{name}_proj.weight", a.ffn_size, hidden) for name in ("gate", "up")]
         layers.append(
             Layer(
