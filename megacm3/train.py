@@ -1,10 +1,14 @@
 """The trainer: `deepspeed --num_gpus N --module megacm3.train CONFIG.yaml [key=value ...]` (torchrun works too)."""
 
 import argparse
+import io
 import logging
 import os
 import socket
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 from megacm3.command import run as run_command
 from megacm3.config import Config, load_config
@@ -49,25 +53,31 @@ def main(argv: list[str] | None = None) -> int:
     """Parse, check, build, train."""
     arguments = _arguments(argv)
     world = _environment(arguments.local_rank)
-    if os.environ["RANK"] != "0":
-        # The others leave with the same code; one voice is enough.
-        sys.stderr = open(os.devnull, "w") if "MEGACM3_ALL_RANKS" not in os.environ else sys.stderr
-        logging.disable(logging.WARNING)
-    config = load_config(arguments.config, arguments.overrides)
+    with _one_voice():
+        config = load_config(arguments.config, arguments.overrides)
 
-    from megacm3.parallel.cpu import choose_device, prepare
+        from megacm3.parallel.cpu import choose_device, prepare
 
-    device = choose_device(config.train.device)
-    prepare(device)
-    check_launch(config, world)
+        device = choose_device(config.train.device)
+        prepare(device)
+        check_launch(config, world)
     return _train(config, device)
 
 
-def _train(config: Config, device: "object") -> int:
-    import torch
+@contextmanager
+def _one_voice() -> Iterator[None]:
+    """Until the ranks differ, all meet the same errors: only rank 0 prints them, the others leave with its code."""
+    spoken = sys.stderr
+    if os.environ["RANK"] != "0":
+        logging.disable(logging.WARNING)
+        sys.stderr = io.StringIO()
+    yield
+    sys.stderr = spoken
 
-    assert isinstance(device, torch.device)
+
+def _train(config: Config, device: Any) -> int:
     import deepspeed
+    import torch
 
     from megacm3.parallel.context import build_context
     from megacm3.training.loop import train
