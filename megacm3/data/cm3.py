@@ -14,8 +14,6 @@ import numpy as np
 from megacm3.errors import ConfigError
 from megacm3.tokenizers.vocabulary import IMAGE, TEXT, Vocabulary
 
-DENSITY = 8
-"""At most one span for so many tokens: a bound for very short sequences, never reached at the papers' lengths."""
 _ROUNDS = 16
 """Draws of uniform spans before giving up: one is thrown away when a span holds control tokens only."""
 
@@ -40,9 +38,9 @@ def segment_bounds(tokens: np.ndarray, control: np.ndarray, answers: np.ndarray 
     return np.stack([starts, ends], 1)[label[starts] > 0]
 
 
-def span_limit(length: int, content: int, vocabulary: Vocabulary) -> int:
-    """Most spans of a sequence of `length` tokens, `content` of them inside segments."""
-    return min(vocabulary.sentinels, max(1, length // DENSITY), content)
+def span_limit(content: int, vocabulary: Vocabulary) -> int:
+    """Most spans of a sequence with `content` tokens inside segments: one for every two of them, or the sentinels."""
+    return min(vocabulary.sentinels, (content + 1) // 2)
 
 
 def choose_spans(bounds: np.ndarray, length: int, count: int, whole: float, rng: np.random.Generator) -> np.ndarray:

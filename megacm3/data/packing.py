@@ -32,20 +32,25 @@ class Permutation:
     """A keyed pseudo-random permutation of 0..size-1, computed point by point in constant memory.
 
     A balanced Feistel network permutes the smallest power of four that holds `size`; a value outside 0..size-1 is sent
-    through again until it falls inside (cycle walking), fewer than four times on average.
+    through again until it falls inside (cycle walking), fewer than four times on average. Up to `TABLE` numbers are
+    shuffled outright: on a few bits a network reaches too few of the permutations.
     """
+
+    TABLE = 4096
 
     def __init__(self, size: int, *key: int | str) -> None:
         assert 0 < size < 1 << 62
         self.size = size
-        # At least 8 bits, for on a few bits a Feistel network reaches too few of the permutations.
-        self._half = np.uint64(max(4, ((size - 1).bit_length() + 1) // 2))
-        self._low = np.uint64((1 << int(self._half)) - 1)
         rng = np.random.Generator(np.random.PCG64(seed_from("permutation", size, *key)))
+        self._table = rng.permutation(size) if size <= self.TABLE else None
+        self._half = np.uint64(((size - 1).bit_length() + 1) // 2)
+        self._low = np.uint64((1 << int(self._half)) - 1)
         self._keys = rng.integers(0, 1 << 63, _ROUNDS, dtype=np.uint64)
 
     def __call__(self, positions: np.ndarray) -> np.ndarray:
         """int64, the shape of `positions` (each 0..size-1): where each position is sent."""
+        if self._table is not None:
+            return self._table[positions]
         values = np.asarray(positions).astype(np.uint64).ravel()
         pending = np.arange(len(values))
         while len(pending):
@@ -155,6 +160,7 @@ def pack_whole(lengths: np.ndarray, size: int, spans: np.ndarray, sequences: int
         chosen.append([group.pop()] if group else [])
         if len(group) > 1:
             crowded.append(group)
+    chosen = [chosen[i] for i in rng.permutation(sequences)]
     counts = tuple(int(spans[group[0]]) if group else 0 for group in chosen)
     pieces = tuple(tuple(Piece(i, 0, int(lengths[i])) for i in group) for group in chosen)
     return Packed(pieces, counts, int(lengths[left].sum()), len(left))

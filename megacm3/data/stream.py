@@ -259,7 +259,7 @@ class Stream:
             length = self._layout.length(shapes)
             left_out_tokens = full - length
         content = sum(count for shape in shapes for _, count in shape)
-        spans = min(spans, cm3.span_limit(length, content, self.vocabulary))
+        spans = min(spans, cm3.span_limit(content, self.vocabulary))
         return Drawn(number, source, (*retrieved, doc_id), rotated, length, spans, left_out, left_out_tokens)
 
     def _fit(self, source: int, doc_id: int, shapes: list[Shape], spans: int) -> int:
@@ -288,7 +288,9 @@ class Stream:
             packed = pack_whole(lengths, self._size, spans, sequences, rng)
         else:
             mean = 0.0 if self._per_sample else settings.spans
-            limit = cm3.span_limit(self._size, self._size, self.vocabulary)
+            # Of a block's tokens at least a third are no control tokens: `</s> a </s>` is the least that a sample can
+            # be.
+            limit = cm3.span_limit(self._size // 3, self.vocabulary)
             packed = pack_blocks(lengths, self._size, np.minimum(rng.poisson(mean, sequences), limit))
         return Plan(drawn, packed, self._count(drawn, packed))
 
