@@ -87,10 +87,7 @@ def _train(config: Config, device: Any) -> int:
     log = logging.getLogger(__name__)
     deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo")
     context = build_context(config, device)
-    log.info(
-        "%d ranks on %s: tensor %d, data %d, pipeline %d",
-        *(context.world, device.type, context.tensor, context.data, context.pipeline),
-    )
+    log.info("%s", context)
     run = build_run(config, context)
     run.resume()
     train(run)

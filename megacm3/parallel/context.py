@@ -35,6 +35,13 @@ class ParallelContext:
     """All ranks, on the CPU: signals and bookkeeping."""
     device: torch.device
 
+    def __str__(self) -> str:
+        sequence = ", sequence parallel" if self.sequence else ""
+        return (
+            f"{self.world} ranks on {self.device.type}: tensor {self.tensor}, data {self.data}, "
+            f"pipeline {self.pipeline}{sequence}"
+        )
+
     @property
     def tensor_rank(self) -> int:
         """Position along the tensor axis."""
