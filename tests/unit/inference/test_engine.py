@@ -10,14 +10,15 @@ from megacm3.inference.guidance import ClassifierFree, Contrastive, Plain, Three
 from megacm3.inference.modality import Grammar, Modes
 from megacm3.inference.sampling import Sampling, gumbel_noise, keep, penalize
 from megacm3.tokenizers.vocabulary import IMAGE, TEXT
+from tests.helpers.tiny_models import opt_model
 
 COND, MIDDLE, UNCOND = (320 + 32 + 1, 5, 6, 7, 354), (353, 356, 320, 321, 354), (353, 356, 354)
 
 
 @pytest.fixture(scope="module")
-def opt(new_opt, vocabulary, tmp_path_factory):
+def opt(vocabulary, tmp_path_factory):
     folder = tmp_path_factory.mktemp("engine") / "opt"
-    model = new_opt(vocabulary.size + 8)
+    model = opt_model(vocabulary.size + 8)
     model.save_pretrained(folder)
     return model, Decoder.load(folder)
 

@@ -1,0 +1,58 @@
+"""Loss by modality against transformers' own loss; counting; stores of other tokenizers."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from megacm3.data.documents import IMAGE, TEXT, Document, Layout, Segment
+from megacm3.evaluation import perplexity as module
+from megacm3.evaluation.perplexity import perplexity
+
+
+def documents(count, rng=None):
+    rng = rng or np.random.default_rng(0)
+    made = []
+    for i in range(count):
+        caption = Segment(TEXT, rng.integers(1, 320, rng.integers(1, 20)))
+        made.append(Document(i, (caption, Segment(IMAGE, rng.integers(0, 32, 16)))))
+    return made
+
+
+def test_loss_equals_transformers(hf_folder, generator, monkeypatch):
+    """Also when documents share passes and logits come in blocks."""
+    from transformers import OPTForCausalLM
+
+    model = OPTForCausalLM.from_pretrained(hf_folder)
+    vocabulary = generator.vocabulary
+    losses = {0: [], 1: []}
+    for document in documents(9):
+        tokens = torch.from_numpy(Layout(vocabulary).assemble([document])[0])
+        with torch.no_grad():
+            logits = model(input_ids=tokens[None, :-1]).logits[0, :, : vocabulary.size]
+        each = torch.nn.functional.cross_entropy(logits, tokens[1:], reduction="none")
+        for loss, kind in zip(each.tolist(), vocabulary.kind[tokens[1:].numpy()], strict=True):
+            if kind in losses:
+                losses[kind].append(loss)
+    monkeypatch.setattr(module, "BATCH_TOKENS", 100)
+    monkeypatch.setattr(module, "LOGIT_ROWS", 7)
+    found = perplexity(generator, documents(9))
+    assert found["documents"] == 9 and found["documents_cut"] == 0
+    for kind, name in ((0, "text"), (1, "image")):
+        assert found[name]["tokens"] == len(losses[kind])
+        assert found[name]["loss"] == pytest.approx(np.mean(losses[kind]), abs=1e-4)
+        assert found[name]["perplexity"] == pytest.approx(math.exp(np.mean(losses[kind])), rel=1e-3)
+    bits = np.mean(losses[1]) / math.log(2) * 16 / 32**2
+    assert found["image"]["bits_per_pixel"] == pytest.approx(bits, abs=1e-5)
+
+
+def test_documents_longer_than_the_context_are_cut_and_counted(generator):
+    long = Document(0, (Segment(TEXT, np.arange(1, 200)),))
+    found = perplexity(generator, [long, *documents(1)])
+    assert found["documents_cut"] == 1 and found["text"]["tokens"] >= 95
+
+
+def test_only_text_has_no_picture_figures(generator):
+    found = perplexity(generator, [Document(0, (Segment(TEXT, np.arange(1, 20)),))])
+    assert "image" not in found and found["text"]["tokens"] == 19

@@ -1,0 +1,97 @@
+"""Make pictures from texts, texts from pictures, or edited pictures with an exported model."""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megacm3.command import run
+from megacm3.errors import ConfigError
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="text to picture: --prompt and --output; picture to text: --image (and --prompt); "
+        "editing: --image, --prompt and --output",
+    )
+    add = parser.add_argument
+    add("--model", required=True, metavar="HF_DIR", help="folder made by convert_checkpoint.py to-hf")
+    add("--prompt", action="append", default=[], help="text; may be given several times")
+    add("--image", metavar="FILE", help="picture to describe, or to edit where --output is given")
+    add("--output", metavar="PNG", help="where to write the picture, or a sheet of several")
+    add("-n", type=int, default=1, metavar="N", help="samples a prompt (default %(default)s)")
+    add("--seed", type=int, default=0, help="equal seeds give equal samples (default %(default)s)")
+    add("--guidance", type=float, help="classifier-free guidance scale, 1 is off (default 3; 7.5 for editing)")
+    add("--image-guidance", type=float, help="scale of the given picture in editing (default 1.5)")
+    add("--contrastive-k", type=int, metavar="K", help="CD-K instead of guidance; 1 is plain CD")
+    add("--contrastive-alpha", type=float, metavar="A", help="share of the K-th best probability (default 0.5)")
+    add("--temperature", type=float, help="0 takes the best token (default 1 for pictures, 0 for text)")
+    add("--top-p", type=float, help="default 0.8 for pictures, 1 (off) for text")
+    add("--top-k", type=int, default=0, help="default %(default)s (off)")
+    add("--max-tokens", type=int, default=64, help="longest text (default %(default)s)")
+    add("--repetition-penalty", type=float, default=1.0, help="text only (default %(default)s, off)")
+    add("--device", default="cpu", help="cpu, cuda or cuda:N (default %(default)s)")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse, generate, write or print."""
+    given = _parser().parse_args(arguments)
+    if given.image is None and (not given.prompt or not given.output):
+        raise ConfigError("found no --image; expected --prompt and --output for a picture, or --image for a text")
+    if given.output and Path(given.output).suffix.lower() != ".png":
+        raise ConfigError(f"--output {given.output}: pictures are written as PNG; give a name that ends in .png")
+    if given.image and given.output and not given.prompt:
+        raise ConfigError("--image with --output edits a picture; expected a --prompt that says how")
+
+    from megacm3.inference.api import Generator
+
+    generator = Generator.load(given.model, given.device)
+    if given.output:
+        _pictures(generator, given)
+    else:
+        _texts(generator, given)
+    return 0
+
+
+def _given(given: argparse.Namespace, *names: str) -> dict[str, object]:
+    """The flags that were given, by their name; the others keep the library's defaults."""
+    return {name: getattr(given, name) for name in names if getattr(given, name) is not None}
+
+
+def _texts(generator, given: argparse.Namespace) -> None:
+    from megacm3.evaluation.pictures import load_picture
+
+    pixels = load_picture(given.image, generator.image_size, "pad")[None]
+    options = _given(given, "temperature", "top_p", "top_k", "max_tokens", "repetition_penalty", "seed")
+    for prompt in given.prompt or [""]:
+        print(generator.caption(pixels, prompt=prompt, **options)[0])
+
+
+def _pictures(generator, given: argparse.Namespace) -> None:
+    from megacm3.evaluation.pictures import load_picture, png_bytes, sheet
+    from megacm3.files import new_file
+
+    names = ("guidance", "image_guidance", "contrastive_k", "contrastive_alpha", "temperature", "top_p", "top_k")
+    options = _given(given, *names, "seed", "n")
+    prompts: list = given.prompt
+    if given.image:
+        # The instruction format of CM3Leon's fine-tuning (section E.1); scales of its section 4.1.
+        pixels = load_picture(given.image, generator.image_size, "pad")
+        prompts = [["Edit first image following the instruction", pixels, prompt] for prompt in given.prompt]
+        options.setdefault("image_guidance", 1.5)
+    pictures = generator.images(prompts, **options)
+    several = len(prompts) * given.n > 1
+    labels = [prompt for prompt in given.prompt for _ in range(given.n)]
+    flat = pictures.reshape(-1, *pictures.shape[2:])
+    notes = {"prompt": "\n".join(given.prompt), "source": "made by a model (megacm3)", "seed": str(given.seed)}
+    columns = given.n if given.n > 1 else min(4, len(prompts))
+    with new_file(given.output) as path:
+        path.write_bytes(png_bytes(sheet(list(flat), labels, columns) if several else flat[0], notes))
+    print(f"{given.output}: {len(flat)} picture{'s' if several else ''}")
+
+
+if __name__ == "__main__":
+    run(main)
