@@ -69,15 +69,17 @@ def run_vocabulary(config: Config, stores: list[Store]) -> Vocabulary:
             found, expected = getattr(store.shape, name), getattr(first.shape, name)
             if found != expected:
                 raise ConfigError(
-                    f"data.mixture[{i}].store = {store.folder} has {name} {found}; expected {expected} as in {first.folder}"
+                    f"data.mixture[{i}].store = {store.folder} has {name} {found}; "
+                    f"expected {expected} as in {first.folder}"
                 )
         for role in sorted({*store.inputs, *first.inputs} & {"text_tokenizer", "image_tokenizer"}):
             given = getattr(config.data, role)
             expected = read_manifest(given, role).fingerprint if given else first.inputs.get(role)
             if store.inputs.get(role) != expected:
+                where = f"data.{role} = {given}" if given else first.folder
                 raise ConfigError(
-                    f"data.mixture[{i}].store = {store.folder} was made with {role} {str(store.inputs.get(role))[:12]}; "
-                    f"expected {str(expected)[:12]}, that of {f'data.{role} = {given}' if given else first.folder}"
+                    f"data.mixture[{i}].store = {store.folder} was made with {role} "
+                    f"{str(store.inputs.get(role))[:12]}; expected {str(expected)[:12]}, that of {where}"
                 )
     return _model_vocabulary(config, first)
 
@@ -98,11 +100,12 @@ def _model_vocabulary(config: Config, store: Store) -> Vocabulary:
         return own
     shape = store.shape
     special = model.vocab_size - shape.text_size - shape.codebook_size
-    if special < sentinels + _SPECIALS:
+    needed = sentinels + _SPECIALS
+    if special < needed:
         raise ConfigError(
-            f"model.vocab_size = {model.vocab_size} leaves {special} special ids beside the {shape.text_size} text ids and "
-            f"{shape.codebook_size} image codes of {store.folder}; objective.sentinels = {sentinels} needs "
-            f"{sentinels + _SPECIALS}: model.vocab_size of at least {model.vocab_size - special + sentinels + _SPECIALS}"
+            f"model.vocab_size = {model.vocab_size} leaves {special} special ids beside the {shape.text_size} text ids "
+            f"and {shape.codebook_size} image codes of {store.folder}; objective.sentinels = {sentinels} needs {needed}: "
+            f"model.vocab_size of at least {model.vocab_size - special + needed}"
         )
     return Vocabulary.cm3leon(shape.text_size, shape.codebook_size, special, sentinels, shape.image_tokens)
 
@@ -141,8 +144,8 @@ def _check_longest(stores: list[Store], settings: StreamSettings, vocabulary: Vo
         if length > size:
             raise ConfigError(
                 f"the longest document of {store.folder} (number {doc_id}) makes {length} tokens; "
-                f"model.sequence_length = {settings.sequence_length} holds {size} and data.packing = whole cuts nothing; "
-                f"set model.sequence_length to at least {length - 1}, or data.packing = blocks"
+                f"model.sequence_length = {settings.sequence_length} holds {size} and data.packing = whole cuts "
+                f"nothing; set model.sequence_length to at least {length - 1}, or data.packing = blocks"
             )
 
 

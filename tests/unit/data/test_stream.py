@@ -282,7 +282,7 @@ def test_starting_and_jumping_reads_few_documents() -> None:
             Counting.lengths += 1
             return super().segment_lengths(doc_id % 100)
 
-        def document(self, doc_id: int):  # type: ignore[no-untyped-def]  # noqa: ANN201
+        def document(self, doc_id: int):  # type: ignore[no-untyped-def]
             Counting.documents += 1
             return super().document(doc_id % 100)
 
