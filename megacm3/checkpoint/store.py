@@ -1,0 +1,261 @@
+"""Save and load a running engine: `save`, `load`, `discover`, and `Saver` for saves in the background."""
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megacm3.checkpoint.boxes import Box, whole
+from megacm3.checkpoint.commit import abandon, begin, clear_leftovers, commit, discover, temporary_folder
+from megacm3.checkpoint.reader import Checkpoint, key_of
+from megacm3.checkpoint.state import Piece, collect, expected_tensors, fill, optimizer_step, settle
+from megacm3.checkpoint.tensors import CODES, Entry, file_bytes, in_file_order, write_tensors
+from megacm3.errors import CheckpointError, Megacm3Error
+from megacm3.faults import strike
+from megacm3.files import sha256_file
+from megacm3.parallel.context import ParallelContext
+from megacm3.parallel.engine import Engine
+
+__all__ = ["Saver", "clear_leftovers", "discover", "load", "save"]
+log = logging.getLogger(__name__)
+
+
+def save(engine: Engine, context: ParallelContext, folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
+    """Write and commit a step below `folder`; return its folder. Collective.
+
+    state: JSON values that `load` gives back. keep: newest valid steps to keep, 0 = all. Raises CheckpointError on
+    every rank when any rank fails; nothing of the step is left then, and earlier steps stay whole.
+    """
+    saver = Saver(engine, context, Path(folder), keep)
+    saver.start(step, state)
+    path = saver.finish()
+    assert path is not None
+    return path
+
+
+def load(engine: Engine, context: ParallelContext, step_folder: Path, *, optimizer: bool = True) -> dict[str, Any]:
+    """Fill the engine from a committed step of any layout; return the state that was saved with it. Collective.
+
+    Every file is hashed by one rank before any is used. With optimizer=False only the weights are taken. Raises
+    CheckpointError, the same on every rank, naming the damaged file or the tensors that do not fit.
+    """
+    step_folder = Path(_everywhere(context, str(step_folder))[0])
+    checkpoint, problem = _attempt(lambda: _checked(step_folder, context))
+    _agree(context, problem)
+    held = _everywhere(context, expected_tensors(engine))
+    wanted = {name: shape for tensors in held for name, shape in tensors.items()}
+    _, problem = _attempt(lambda: checkpoint.check_tensors(wanted))
+    if problem is None:
+        _, problem = _attempt(lambda: fill(engine, checkpoint, optimizer=optimizer))
+    _agree(context, problem)
+    settle(engine)
+    return checkpoint.state
+
+
+def _checked(folder: Path, context: ParallelContext) -> Checkpoint:
+    checkpoint = Checkpoint(folder)
+    names = sorted(checkpoint.manifest.files)
+    for name in names[context.rank :: context.world]:
+        found, wanted = sha256_file(folder / name), checkpoint.manifest.files[name]["sha256"]
+        if found != wanted:
+            raise CheckpointError(f"{folder / name} is damaged: sha256 {found}; its manifest says {wanted}")
+    return checkpoint
+
+
+def _everywhere(context: ParallelContext, value: Any) -> list[Any]:
+    """Every rank's value, by rank."""
+    values: list[Any] = [None] * context.world
+    dist.all_gather_object(values, value, group=context.control_group)
+    return values
+
+
+def _agree(context: ParallelContext, problem: Exception | None) -> None:
+    """Raise CheckpointError on every rank when any rank has a problem: the lowest rank's, in the same words."""
+    told = "" if problem is None else str(problem) if isinstance(problem, Megacm3Error) else repr(problem)
+    for text in _everywhere(context, told):
+        if text:
+            raise CheckpointError(text) from problem
+
+
+def _attempt(function: Callable[[], Any]) -> tuple[Any, Exception | None]:
+    """The result, or the error of what may fail on one rank only: the others must hear of it first."""
+    try:
+        return function(), None
+    except (Megacm3Error, OSError, RuntimeError) as problem:
+        return None, problem
+
+
+class Saver:
+    """Saves of one engine into one folder, at once or from copies in the background. All methods are collective."""
+
+    def __init__(self, engine: Engine, context: ParallelContext, folder: Path, keep: int) -> None:
+        self._engine, self._context, self._folder, self._keep = engine, context, folder, keep
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._step = -1
+        self._state: dict[str, Any] = {}
+        self._index: dict[str, Any] = {}
+        self._writing: Future[dict[str, Any]] | None = None
+        self._begun = 0.0
+        self.stall = 0.0
+        """Seconds that the last save kept the training waiting."""
+        self.total = 0.0
+        """Seconds from the beginning of the last save to its commit."""
+
+    def start(self, step: int, state: dict[str, Any], *, background: bool = False) -> None:
+        """Begin to save; in the background it returns once copies are made, and `poll` or `finish` commits.
+
+        Raises CheckpointError, on every rank, when there is no room or no right to write.
+        """
+        self.finish()
+        self._begun, self.stall = time.monotonic(), 0.0
+        pieces, problem = _attempt(lambda: collect(self._engine))
+        _agree(self._context, problem)
+        self._step, self._state = step, state
+        self._index = _index(pieces, optimizer_step(self._engine))
+        needed = sum(_everywhere(self._context, file_bytes(_entries(pieces), self._metadata)))
+        if self._context.rank == 0:
+            _, problem = _attempt(lambda: begin(self._folder, step, needed))
+        self._agree_or_abandon(problem)
+        self._writing = Future()
+        if background:
+            pieces = [dataclasses.replace(piece, tensor=piece.tensor.to("cpu", copy=True)) for piece in pieces]
+            self._writing = self._thread.submit(self._write, pieces)
+        else:
+            written, problem = _attempt(lambda: self._write(pieces))
+            self._writing.set_exception(problem) if problem else self._writing.set_result(written)
+        self.stall = time.monotonic() - self._begun
+
+    def poll(self) -> Path | None:
+        """Commit the save under way if every rank has written its part; the step's folder, or None."""
+        if self._writing is None:
+            return None
+        busy = torch.tensor([int(not self._writing.done())])
+        dist.all_reduce(busy, dist.ReduceOp.MAX, group=self._context.control_group)
+        return None if busy.item() else self.finish()
+
+    def finish(self) -> Path | None:
+        """Wait for the save under way and commit it; the step's folder, None where there is none.
+
+        Raises CheckpointError on every rank when it failed on any.
+        """
+        if self._writing is None:
+            return None
+        begun = time.monotonic()
+        written, problem = _attempt(self._writing.result)
+        self._writing = None
+        self._agree_or_abandon(problem)
+        parts = _everywhere(self._context, {"file": self._name, "entry": written, **self._index})
+        if self._context.rank == 0:
+            _, problem = _attempt(lambda: self._commit(parts))
+        self._agree_or_abandon(problem)
+        now = time.monotonic()
+        self.stall, self.total = self.stall + now - begun, now - self._begun
+        return self._folder / f"step_{self._step:06d}"
+
+    @property
+    def _name(self) -> str:
+        return f"rank_{self._context.rank:05d}.safetensors"
+
+    @property
+    def _metadata(self) -> dict[str, str]:
+        return {"format": "pt", "step": str(self._step)}
+
+    def _agree_or_abandon(self, problem: Exception | None) -> None:
+        try:
+            _agree(self._context, problem)
+        except CheckpointError:
+            if self._context.rank == 0:
+                abandon(self._folder, self._step)
+            raise
+
+    def _write(self, pieces: list[Piece]) -> dict[str, Any]:
+        path = temporary_folder(self._folder, self._step) / self._name
+        where = {"rank": self._context.rank, "step": self._step}
+        tensors = {key_of(piece.kind, piece.name, piece.box): piece.tensor for piece in pieces}
+
+        def values(entry: Entry) -> Iterator[torch.Tensor]:
+            strike("save.writing", **where)
+            yield tensors[entry.key]
+
+        try:
+            strike("save.before_write", **where)
+            written = write_tensors(path, _entries(pieces), self._metadata, values)
+            strike("save.written", **where)
+        except OSError as fault:
+            why = f"{path} could not be written: {fault.strerror}"
+            raise CheckpointError(f"{why}; nothing of this step is left, earlier ones are whole") from fault
+        return written
+
+    def _commit(self, parts: list[dict[str, Any]]) -> None:
+        context, engine = self._context, self._engine
+        steps = {part["optimizer_step"] for part in parts} - {-1}
+        assert len(steps) <= 1, f"the ranks' optimizers counted different steps: {steps}"
+        layout = {"world": context.world, "tensor": context.tensor, "data": context.data, "pipeline": context.pipeline}
+        settings = manifest_settings(
+            step=self._step,
+            optimizer_step=max(steps, default=0),
+            layout=layout | {"zero": engine.zero_stage},
+            config=dataclasses.asdict(engine.config),
+            state=self._state,
+            parts=parts,
+        )
+        files = {part["file"]: part["entry"] for part in parts}
+        commit(self._folder, self._step, settings, {}, files, self._keep)
+
+
+def _entries(pieces: list[Piece]) -> list[Entry]:
+    return in_file_order(Entry(key_of(p.kind, p.name, p.box), p.tensor.dtype, p.box.shape) for p in pieces)
+
+
+def _index(pieces: list[Piece], step: int) -> dict[str, Any]:
+    """What a rank's file holds: kinds with dtypes, tensors with shapes, boxes by kind and tensor."""
+    boxes: dict[str, dict[str, list[str]]] = {}
+    for piece in pieces:
+        boxes.setdefault(piece.kind, {}).setdefault(piece.name, []).append(str(piece.box))
+    return {
+        "optimizer_step": step,
+        "kinds": {piece.kind: CODES[piece.tensor.dtype] for piece in pieces},
+        "tensors": {piece.name: list(piece.global_shape) for piece in pieces},
+        "boxes": boxes,
+    }
+
+
+def manifest_settings(
+    *,
+    step: int,
+    optimizer_step: int,
+    layout: dict[str, Any],
+    config: dict[str, Any],
+    state: dict[str, Any],
+    parts: list[dict[str, Any]],
+) -> dict[str, Any]:
+    """The `settings` of a checkpoint's manifest. parts: {"file", "kinds", "tensors", "boxes"} of each file.
+
+    Raises CheckpointError when the files together do not cover every tensor, of every kind, exactly once.
+    """
+    kinds = {kind: code for part in parts for kind, code in part["kinds"].items()}
+    tensors = {name: shape for part in parts for name, shape in part["tensors"].items()}
+    found = dict.fromkeys(((kind, name) for kind in kinds for name in tensors), 0)
+    for part in parts:
+        for kind, names in part["boxes"].items():
+            for name, boxes in names.items():
+                found[kind, name] += sum(Box.parse(text).numel for text in boxes)
+    for (kind, name), count in found.items():
+        if count != whole(tuple(tensors[name])).numel:
+            raise CheckpointError(f"{kind} of {name}: {count} elements were written; expected a tensor {tensors[name]}")
+    return {
+        "step": step,
+        "optimizer_step": optimizer_step,
+        "layout": layout,
+        "kinds": kinds,
+        "tensors": dict(sorted(tensors.items())),
+        "boxes": {part["file"]: part["boxes"] for part in parts},
+        "config": config,
+        "state": state,
+    }
