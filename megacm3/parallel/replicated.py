@@ -41,13 +41,13 @@ def check_replicas(module: torch.nn.Module, context: ParallelContext) -> None:
     if context.tensor == 1:
         return
     named = replicas(module)
-    if not named:
-        return
-    mine = torch.stack([_digest(getattr(p, "ds_tensor", p.data)) for _, p in named]).to(context.device)
-    every = [torch.empty_like(mine) for _ in range(context.tensor)]
-    dist.all_gather(every, mine, group=context.tensor_group)
-    different = torch.stack([(other != every[0]).any(dim=1) for other in every]).any(dim=0)
-    names = [name for (name, _), bad in zip(named, different.tolist(), strict=True) if bad]
+    names = []
+    if named:  # a stage may hold none
+        mine = torch.stack([_digest(getattr(p, "ds_tensor", p.data)) for _, p in named]).to(context.device)
+        every = [torch.empty_like(mine) for _ in range(context.tensor)]
+        dist.all_gather(every, mine, group=context.tensor_group)
+        different = torch.stack([(other != every[0]).any(dim=1) for other in every]).any(dim=0)
+        names = [name for (name, _), bad in zip(named, different.tolist(), strict=True) if bad]
     # All ranks of the model must stop together, not only the tensor group that differs.
     count = torch.tensor([len(names)], device=context.device)
     dist.all_reduce(count)
