@@ -1,0 +1,271 @@
+"""Long jobs as units: each makes some files of the folder-to-be, whole or not at all, in any order, on any worker.
+
+A job's unfinished files lie in `OUTPUT.work/folder`, beside `plan.json` (what the job is) and one note a finished unit
+under `done/` (its files with sizes and hashes). A run that was killed continues where it stopped; a unit computes with
+one thread in one order, so that the result is the same to the byte for any number of workers and interruptions.
+"""
+
+import json
+import logging
+import os
+import shutil
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import loguru
+
+from megacm3.command import progress
+from megacm3.errors import ConfigError, DataError
+from megacm3.files import (
+    MANIFEST,
+    Manifest,
+    fsync_tree,
+    read_json,
+    read_manifest,
+    sha256_file,
+    write_json,
+    write_manifest,
+)
+
+logger = logging.getLogger(__name__)
+# A task of datatrove logs a dozen lines of its own; faults come back as exceptions.
+loguru.logger.disable("datatrove")
+
+DONE, FOLDER, LOG, PLAN = "done", "folder", "log", "plan.json"
+
+
+class Units(Protocol):
+    """Units of one stage of a job; picklable."""
+
+    @property
+    def stage(self) -> str:
+        """A word that names the stage in messages and notes."""
+
+    @property
+    def count(self) -> int:
+        """Number of units."""
+
+    def make(self, folder: Path, number: int) -> list[Path]:
+        """Write the files of unit `number` below `folder` (each through `new_file`) and name them."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A folder to be made."""
+
+    output: Path
+    kind: str
+    """Kind of the manifest."""
+    settings: dict[str, Any]
+    """All that decides the bytes, beside the inputs."""
+    inputs: dict[str, str]
+    """Fingerprints by role."""
+
+    @property
+    def work(self) -> Path:
+        """Where an unfinished job lies."""
+        return self.output.with_name(self.output.name + ".work")
+
+    @property
+    def folder(self) -> Path:
+        """What will be the output."""
+        return self.work / FOLDER
+
+    def finished(self, overwrite: bool = False) -> Manifest | None:
+        """The manifest of an output that this very job has made before, None when there is none.
+
+        Raises DataError when the output is something else, unless `overwrite` allows to replace it.
+        """
+        if not self.output.exists() or (self.output.is_dir() and not any(self.output.iterdir())):
+            return None
+        if not (self.output / MANIFEST).is_file():
+            raise DataError(f"{self.output} exists and is no folder of kind '{self.kind}'; give another --output")
+        manifest = read_manifest(self.output, self.kind)
+        found = difference(
+            {"settings": manifest.settings.get("job", {}), "inputs": manifest.inputs},
+            {"settings": _plain(self.settings), "inputs": self.inputs},
+        )
+        if not found:
+            shutil.rmtree(self.work, ignore_errors=True)
+            return manifest
+        if overwrite:
+            return None
+        raise DataError(
+            f"{self.output} exists and was made with {found}; give another --output, or --overwrite to replace it"
+        )
+
+    def prepare(self, overwrite: bool = False) -> None:
+        """Make the working folder, or keep what an interrupted run of the same job left in it.
+
+        Raises DataError when it holds the work of another job, unless `overwrite` allows to discard it.
+        """
+        plan = {"kind": self.kind, "settings": _plain(self.settings), "inputs": self.inputs}
+        if self.work.exists() and not self.work.is_dir():
+            raise DataError(f"{self.work} is in the way; remove it")
+        if (self.work / PLAN).is_file():
+            found = difference(read_json(self.work / PLAN), plan)
+            if found and not overwrite:
+                raise DataError(f"{self.work} holds unfinished work made with {found}; remove it, or give --overwrite")
+            if found:
+                shutil.rmtree(self.work)
+        elif self.work.is_dir() and [path for path in self.work.rglob("*") if path.is_file()]:
+            raise DataError(f"{self.work} is in the way and holds no unfinished work (no {PLAN}); remove it")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(self.work / PLAN, plan)
+        (self.work / DONE).mkdir(exist_ok=True)
+        for leftover in self.folder.rglob(".*.tmp"):
+            leftover.unlink()
+
+    def commit(self, settings: dict[str, Any], overwrite: bool = False) -> Manifest:
+        """Put the working folder under its final name with a manifest of `settings` and the job's own."""
+        known: dict[str, dict[str, Any]] = {}
+        for note in sorted((self.work / DONE).glob("*.json")):
+            known |= read_json(note)
+        manifest = write_manifest(self.folder, self.kind, settings | {"job": self.settings}, self.inputs, known)
+        fsync_tree(self.folder)
+        if self.output.exists() and (overwrite or not any(self.output.iterdir())):
+            shutil.rmtree(self.output)
+        os.rename(self.folder, self.output)
+        shutil.rmtree(self.work)
+        return manifest
+
+
+def difference(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """How two plans differ, in words; empty when they do not."""
+    for name in sorted({*old["inputs"], *new["inputs"]}):
+        was, now = str(old["inputs"].get(name))[:12], str(new["inputs"].get(name))[:12]
+        if was != now:
+            return f"another {name} ({was} then, {now} now)"
+    for name in sorted({*old["settings"], *new["settings"]}):
+        was, now = old["settings"].get(name), new["settings"].get(name)
+        if was != now:
+            return f"{name} = {was} then, {now} now"
+    return ""
+
+
+def _plain(value: Any) -> Any:
+    # As JSON gives it back: tuples are lists.
+    return json.loads(json.dumps(value))
+
+
+def unit_done(work: Path, stage: str, number: int) -> bool:
+    """Whether a unit's note is there and its files have the noted sizes."""
+    note = _note(work, stage, number)
+    if not note.is_file():
+        return False
+    sizes = [(work / FOLDER / name, entry["bytes"]) for name, entry in read_json(note).items()]
+    return all(path.is_file() and path.stat().st_size == size for path, size in sizes)
+
+
+def run_units(units: Units, work: Path, workers: int = 1) -> int:
+    """Make every unit that is not done yet, `workers` at a time; gives their number.
+
+    Raises what a unit raises; finished units are kept.
+    """
+    if workers < 0:
+        raise ConfigError(f"--workers {workers}; expected 0 or more")
+    missing = [number for number in range(units.count) if not unit_done(work, units.stage, number)]
+    if not missing:
+        return 0
+    workers = min(workers or len(os.sched_getaffinity(0)), len(missing))
+    if workers == 1:
+        shown = missing if len(missing) == 1 else progress(missing, unit="unit", description=units.stage)
+        for number in shown:
+            run_unit(units, work, number)
+        return len(missing)
+    from datatrove.executor.local import LocalPipelineExecutor
+
+    # What datatrove notes as completed does not count here; the notes under `done/` do.
+    log = work / LOG / units.stage
+    shutil.rmtree(log, ignore_errors=True)
+    step = DatatroveStep(units, str(work), tuple(missing))
+    with _watched(units, work, len(missing)):
+        LocalPipelineExecutor([step], tasks=len(missing), workers=workers, logging_dir=str(log)).run()
+    return len(missing)
+
+
+@dataclass(frozen=True)
+class DatatroveStep:
+    """A step of datatrove's executors (local, Slurm, Ray): task N makes the N-th of the missing units."""
+
+    units: Units
+    work: str
+    missing: tuple[int, ...]
+
+    def __call__(self, data: Any, rank: int, world_size: int) -> None:
+        """Make one unit."""
+        _ignore_interrupt()
+        run_unit(self.units, Path(self.work), self.missing[rank])
+
+
+def run_unit(units: Units, work: Path, number: int) -> None:
+    """Make one unit and note it, unless it is done."""
+    if unit_done(work, units.stage, number):
+        return
+    with one_thread():
+        paths = units.make(work / FOLDER, number)
+    entries = {}
+    for path in paths:
+        name = path.relative_to(work / FOLDER).as_posix()
+        entries[name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+    write_json(_note(work, units.stage, number), entries)
+
+
+def _note(work: Path, stage: str, number: int) -> Path:
+    return work / DONE / f"{stage}-{number:05d}.json"
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """torch and faiss with one thread: sums then come out the same, however many workers share the cores."""
+    import torch
+
+    from megacm3.retrieval.index import faiss_threads
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with faiss_threads(1):
+            yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _ignore_interrupt() -> None:
+    # Ctrl-C reaches every process of the terminal; the parent ends the workers, which then say nothing.
+    import signal
+
+    import multiprocess
+
+    if multiprocess.parent_process() is not None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@contextmanager
+def _watched(units: Units, work: Path, total: int) -> Iterator[None]:
+    # A bar over the notes that the workers leave.
+    done = threading.Event()
+    before = len(list((work / DONE).glob(f"{units.stage}-*.json")))
+
+    def ticks() -> Iterator[None]:
+        shown = 0
+        while shown < total:
+            stop = done.wait(0.5)
+            now = len(list((work / DONE).glob(f"{units.stage}-*.json"))) - before
+            yield from [None] * max(0, now - shown)
+            shown = max(shown, now)
+            if stop:
+                return
+
+    bar = progress(ticks(), total=total, unit="unit", description=units.stage)
+    watcher = threading.Thread(target=lambda: [None for _ in bar], daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        done.set()
+        watcher.join()
