@@ -11,7 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megacm3.checkpoint.store import discover, load, save
+from megacm3.checkpoint.commit import discover
+from megacm3.checkpoint.store import load, save
 from megacm3.config import Config, save_config
 from megacm3.data.build import build_stream
 from megacm3.data.loader import Loader, check_resume
