@@ -1,8 +1,9 @@
 """The stream of a run, from its config: opens stores and neighbours, and refuses what does not belong together."""
 
+import dataclasses
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megacm3.config import Config, total_steps
 from megacm3.data.documents import ANSWER, Layout
@@ -12,6 +13,9 @@ from megacm3.data.stream import PROBES, SamplerLike, Source, Stream, StreamSetti
 from megacm3.errors import ConfigError, DataError
 from megacm3.files import read_manifest
 from megacm3.tokenizers.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from megacm3.retrieval.neighbours import NeighbourTable
 
 logger = logging.getLogger(__name__)
 
@@ -33,8 +37,8 @@ def build_stream(config: Config) -> Stream:
         _check_longest(stores, settings, vocabulary)
     sources = []
     for entry, store in zip(config.data.mixture, stores, strict=True):
-        sampler, neighbours = _sampler(config, entry.neighbours, store)
-        origin = {"store": store.fingerprint, "neighbours": neighbours}
+        sampler, retrieval = _sampler(config, entry.neighbours, store)
+        origin = {"store": store.fingerprint, "retrieval": retrieval}
         sources.append(Source(entry.store, store, sampler, origin))
     stream = _with_stages(config, sources, vocabulary, settings)
     if settings.answers_only:
@@ -149,8 +153,29 @@ def _check_longest(stores: list[Store], settings: StreamSettings, vocabulary: Vo
             )
 
 
+def open_neighbours(folder: str, store: Store) -> "NeighbourTable":
+    """The neighbour lists of `store`. Raises DataError when they are missing, damaged, or of another store."""
+    # Here and below: only runs that retrieve load the retrieval room and faiss with it.
+    from megacm3.retrieval.neighbours import NeighbourTable
+
+    table = NeighbourTable.open(folder)
+    if table.inputs.get("store") != store.fingerprint:
+        raise DataError(
+            f"{folder} holds neighbours in the store {str(table.inputs.get('store'))[:12]}; "
+            f"expected {store.fingerprint[:12]}, that of {store.folder}: run tools/find_neighbours.py for it"
+        )
+    return table
+
+
 def _sampler(config: Config, folder: str, store: Store) -> tuple[SamplerLike | None, dict[str, Any] | None]:
-    return None, None
+    retrieval = config.retrieval
+    if not folder or retrieval.mode == "none" or retrieval.documents[0] == 1:
+        return None, None
+    from megacm3.retrieval.sampler import RetrievalSampler
+
+    table = open_neighbours(folder, store)
+    sampler = RetrievalSampler(table, table.metadata, retrieval.documents, retrieval.max_score, retrieval.mode)
+    return sampler, {"neighbours": table.fingerprint} | dataclasses.asdict(retrieval)
 
 
 def _with_stages(config: Config, sources: list[Source], vocabulary: Vocabulary, settings: StreamSettings) -> Stream:

@@ -104,24 +104,34 @@ def infill_prompt(tokens: np.ndarray, spans: np.ndarray, vocabulary: Vocabulary)
     return moved[: source + 1]
 
 
+def split_tail(tokens: np.ndarray, vocabulary: Vocabulary) -> tuple[np.ndarray, list[np.ndarray]]:
+    """The source with its sentinels in place, and what each of them stands for; padding at the end is removed.
+
+    Raises ConfigError when sentinels and tail do not match.
+    """
+    tokens = tokens[: len(tokens) - int(np.argmax(np.append(tokens[::-1] != vocabulary.pad, True)))]
+    first = vocabulary.sentinel(0) if vocabulary.sentinels else vocabulary.size
+    marks = np.flatnonzero((tokens >= first) & (tokens < first + vocabulary.sentinels))
+    if len(marks) == 0:
+        return tokens, []
+    count, numbers = len(marks) // 2, tokens[marks] - first
+    ends = np.flatnonzero(tokens == vocabulary.eoss)
+    if len(marks) % 2 or not np.array_equal(numbers, np.tile(np.arange(count), 2)) or len(ends) != count:
+        raise ConfigError(f"not one rearranged sequence: sentinels {numbers.tolist()}, {len(ends)} ends of spans")
+    spans = [tokens[begin + 1 : end] for begin, end in zip(marks[count:], ends, strict=True)]
+    return tokens[: marks[count]], spans
+
+
 def restore(tokens: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
     """The sequence before `rearrange`: padding at the end removed, every span back in its place.
 
     Raises ConfigError when sentinels and tail do not match.
     """
-    tokens = tokens[: len(tokens) - int(np.argmax(np.append(tokens[::-1] != vocabulary.pad, True)))]
+    source, spans = split_tail(tokens, vocabulary)
+    if not spans:
+        return source
     first = vocabulary.sentinel(0)
-    marks = np.flatnonzero((tokens >= first) & (tokens < first + vocabulary.sentinels))
-    count = len(marks) // 2
-    if count == 0 and len(marks) == 0:
-        return tokens
-    numbers = tokens[marks] - first
-    expected = np.arange(count)
-    ends = np.flatnonzero(tokens == vocabulary.eoss)
-    if len(marks) % 2 or not np.array_equal(numbers, np.tile(expected, 2)) or len(ends) != count:
-        raise ConfigError(f"not one rearranged sequence: sentinels {numbers.tolist()}, {len(ends)} ends of spans")
-    parts, begin = [], 0
-    for i in range(count):
-        parts += [tokens[begin : marks[i]], tokens[marks[count + i] + 1 : ends[i]]]
-        begin = marks[i] + 1
-    return np.concatenate([*parts, tokens[begin : marks[count]]])
+    marks = np.flatnonzero((source >= first) & (source < first + vocabulary.sentinels))
+    parts = [piece[1:] if i else piece for i, piece in enumerate(np.split(source, marks))]
+    between = [array for pair in zip(parts, spans, strict=False) for array in pair]
+    return np.concatenate([*between, parts[-1]])
