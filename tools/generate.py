@@ -32,6 +32,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--top-k", type=int, default=0, help="default %(default)s (off)")
     add("--max-tokens", type=int, default=64, help="longest text (default %(default)s)")
     add("--repetition-penalty", type=float, default=1.0, help="text only (default %(default)s, off)")
+    add("--bank", metavar="BANK", help="memory bank to retrieve documents from")
+    add("--documents", type=int, metavar="K", help="documents put in front of each prompt (default 2 with --bank)")
+    add("--store", metavar="STORE", help="the bank's store (default: the folder `store` beside the bank)")
+    add("--encoder", metavar="DIR", help="the bank's encoder (default: the bank's own copy)")
+    add("--best", type=int, metavar="B", help="show only the best B of the N samples by the bank's CLIP")
     add("--device", default="cpu", help="cpu, cuda or cuda:N (default %(default)s)")
     return parser
 
@@ -45,6 +50,10 @@ def main(arguments: list[str] | None = None) -> int:
         raise ConfigError(f"--output {given.output}: pictures are written as PNG; give a name that ends in .png")
     if given.image and given.output and not given.prompt:
         raise ConfigError("--image with --output edits a picture; expected a --prompt that says how")
+    if given.bank is None and (given.documents or given.best or given.store or given.encoder):
+        raise ConfigError("--documents, --best, --store and --encoder need a memory bank; expected --bank BANK")
+    if given.best is not None and not 1 <= given.best <= given.n:
+        raise ConfigError(f"--best {given.best} of -n {given.n} samples; expected 1 to {given.n}")
 
     from megacm3.inference.api import Generator
 
@@ -71,6 +80,8 @@ def _texts(generator, given: argparse.Namespace) -> None:
 
 
 def _pictures(generator, given: argparse.Namespace) -> None:
+    import numpy as np
+
     from megacm3.evaluation.pictures import load_picture, png_bytes, sheet
     from megacm3.files import new_file
 
@@ -82,12 +93,23 @@ def _pictures(generator, given: argparse.Namespace) -> None:
         pixels = load_picture(given.image, generator.image_size, "pad")
         prompts = [["Edit first image following the instruction", pixels, prompt] for prompt in given.prompt]
         options.setdefault("image_guidance", 1.5)
+    retriever = None
+    if given.bank:
+        from megacm3.inference.retrieve import Retriever, rerank
+
+        retriever = Retriever.open(given.bank, given.store, given.encoder, given.device)
+        count = 2 if given.documents is None else given.documents
+        options["retrieved"] = retriever.documents(given.prompt, count)
     pictures = generator.images(prompts, **options)
-    several = len(prompts) * given.n > 1
-    labels = [prompt for prompt in given.prompt for _ in range(given.n)]
+    if retriever and given.best:
+        orders = [rerank(retriever.encoder, prompt, row) for prompt, row in zip(given.prompt, pictures, strict=True)]
+        pictures = np.stack([row[order[: given.best]] for row, order in zip(pictures, orders, strict=True)])
+    shown = pictures.shape[1]
+    several = len(prompts) * shown > 1
+    labels = [prompt for prompt in given.prompt for _ in range(shown)]
     flat = pictures.reshape(-1, *pictures.shape[2:])
     notes = {"prompt": "\n".join(given.prompt), "source": "made by a model (megacm3)", "seed": str(given.seed)}
-    columns = given.n if given.n > 1 else min(4, len(prompts))
+    columns = shown if shown > 1 else min(4, len(prompts))
     with new_file(given.output) as path:
         path.write_bytes(png_bytes(sheet(list(flat), labels, columns) if several else flat[0], notes))
     print(f"{given.output}: {len(flat)} picture{'s' if several else ''}")

@@ -40,12 +40,14 @@ def series(metrics: Sequence[dict[str, Any]], name: str) -> tuple[list[int], lis
     return [step for step, _ in points], [value for _, value in points]
 
 
-def smooth(values: Sequence[float], span: int = 10) -> list[float]:
-    """Running mean with weights that fall off over about `span` points, without a lag at the start."""
-    out, total, weight, keep = [], 0.0, 0.0, 1 - 1 / span
-    for value in values:
-        total, weight = keep * total + value, keep * weight + 1
-        out.append(total / weight)
+def smooth(values: Sequence[float]) -> list[float]:
+    """Each value's mean with its neighbours, a twenty-fifth of the curve to either side (less at the ends)."""
+    reach = len(values) // 25
+    out = []
+    for i in range(len(values)):
+        near = min(reach, i, len(values) - 1 - i)  # even on both sides, so that a falling curve is not moved
+        window = values[i - near : i + near + 1]
+        out.append(sum(window) / len(window))
     return out
 
 

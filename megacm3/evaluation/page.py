@@ -39,6 +39,8 @@ class Section:
     """SVG"""
     table: tuple[list[str], list[list[str]]] | None = None
     """Heads and rows."""
+    fragments: list[str] = field(default_factory=list)
+    """HTML, put on the page as it is: whoever makes it escapes what users wrote."""
 
 
 _PAGE = """<!doctype html>
@@ -62,7 +64,7 @@ p { margin: 0 0 10px; color: var(--soft); max-width: 78ch; }
 .card span { color: var(--soft); font-size: 13px; }
 .row { display: flex; flex-wrap: wrap; gap: 10px; }
 figure { margin: 0; font-size: 12px; line-height: 1.35; overflow-wrap: anywhere; }
-figure img { width: 100%; display: block; border: 1px solid var(--line); border-radius: 4px; image-rendering: pixelated; }
+figure img { width: 100%; display: block; border: 1px solid var(--line); border-radius: 4px; }
 figure.good img { border: 2px solid var(--good); } figure.bad img { border: 2px solid var(--bad); }
 figcaption div + div { color: var(--soft); }
 .charts { display: flex; flex-wrap: wrap; gap: 12px; } .charts svg { max-width: 100%; height: auto; }
@@ -81,7 +83,9 @@ td + td { font-variant-numeric: tabular-nums; }
 <section>
 <h2>{{ section.title }}</h2>
 {% if section.text %}<p>{{ section.text }}</p>{% endif %}
-{% if section.charts %}<div class="charts">{% for chart in section.charts %}<div>{{ chart | safe }}</div>{% endfor %}</div>{% endif %}
+{% if section.charts %}<div class="charts">
+{% for chart in section.charts %}<div>{{ chart | safe }}</div>{% endfor %}
+</div>{% endif %}
 {% for heading, figures in section.groups %}
 {% if heading %}<h3>{{ heading }}</h3>{% endif %}
 <div class="row">{% for figure in figures %}
@@ -94,6 +98,9 @@ td + td { font-variant-numeric: tabular-nums; }
 <tr>{% for head in section.table[0] %}<th>{{ head }}</th>{% endfor %}</tr>{% for row in section.table[1] %}
 <tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>{% endfor %}
 </table>{% endif %}
+{% for fragment in section.fragments %}
+{{ fragment | safe }}
+{% endfor %}
 </section>
 {% endfor %}
 </body>

@@ -64,9 +64,7 @@ def load_picture(path: str, size: int, mode: str = "crop") -> np.ndarray:
     except OSError as fault:
         raise DataError(f"--image {path} cannot be read: {fault.strerror}") from fault
     except Reject as fault:
-        raise DataError(
-            f"--image {path} cannot be used: {fault}; expected a picture file"
-        ) from fault
+        raise DataError(f"--image {path} cannot be used: {fault}; expected a picture file") from fault
 
 
 def _prepared(row: Sample | Rejected, size: int) -> np.ndarray | None:
@@ -95,9 +93,7 @@ def sheet(pixels: Sequence[np.ndarray], labels: Sequence[str] = (), columns: int
     pen = ImageDraw.Draw(canvas)
     for i, picture in enumerate(pixels):
         left, top = gap + (i % columns) * (side + gap), gap + (i // columns) * (side + text + gap)
-        # Small pictures are shown with their own pixels, not blurred.
-        filter_ = Image.Resampling.NEAREST if picture.shape[0] < side else Image.Resampling.LANCZOS
-        canvas.paste(Image.fromarray(picture).resize((side, side), filter_), (left, top))
+        canvas.paste(Image.fromarray(picture).resize((side, side), Image.Resampling.LANCZOS), (left, top))
         if labels:
             pen.multiline_text((left, top + side + 2), _wrap(labels[i], font, side), fill="black", font=font, spacing=1)
     return canvas
@@ -130,3 +126,17 @@ def png_bytes(image: Image.Image | np.ndarray, notes: dict[str, str] | None = No
     picture = Image.fromarray(image) if isinstance(image, np.ndarray) else image
     picture.save(buffer, "PNG", pnginfo=info)
     return buffer.getvalue()
+
+
+def titled_sheets(parts: Sequence[tuple[str, Sequence[np.ndarray], Sequence[str]]], columns: int = 8) -> Image.Image:
+    """Sheets (title, pictures, labels) one under the other."""
+    font = ImageFont.load_default(size=20)
+    sheets = [sheet(pictures, labels, columns, side=120) for _, pictures, labels in parts]
+    head = 40
+    canvas = Image.new("RGB", (max(s.width for s in sheets), sum(s.height + head for s in sheets)), "white")
+    pen, top = ImageDraw.Draw(canvas), 0
+    for (title, _, _), part in zip(parts, sheets, strict=True):
+        pen.text((12, top + 10), title, fill="black", font=font)
+        canvas.paste(part, (0, top + head))
+        top += head + part.height
+    return canvas

@@ -7,8 +7,12 @@ import pytest
 import torch
 
 from megacm3.data.documents import IMAGE, TEXT, Document, Layout, Segment
+from megacm3.data.store import Store
+from megacm3.errors import DataError
 from megacm3.evaluation import perplexity as module
-from megacm3.evaluation.perplexity import perplexity
+from megacm3.evaluation.perplexity import check_store, perplexity
+from megacm3.files import read_manifest
+from tests.helpers.stores import make_store
 
 
 def documents(count, rng=None):
@@ -56,3 +60,20 @@ def test_documents_longer_than_the_context_are_cut_and_counted(generator):
 def test_only_text_has_no_picture_figures(generator):
     found = perplexity(generator, [Document(0, (Segment(TEXT, np.arange(1, 20)),))])
     assert "image" not in found and found["text"]["tokens"] == 19
+
+
+def test_stores_of_other_tokenizers_are_refused(generator, tmp_path):
+    sizes = {"documents": 4, "text_size": 320, "codebook_size": 32, "image_tokens": 16}
+    own = {
+        name: read_manifest(generator.folder / name, name).fingerprint for name in ("text_tokenizer", "image_tokenizer")
+    }
+    store = Store.open(make_store(tmp_path / "own", **sizes, inputs=own))
+    check_store(generator, store)
+    found = perplexity(generator, (store.document(i) for i in range(4)))
+    assert found["documents"] == 4 and found["image"]["tokens"] == 64
+    other = Store.open(make_store(tmp_path / "other", **sizes, inputs=own | {"image_tokenizer": "f" * 64}))
+    with pytest.raises(DataError, match="image_tokenizer ffffffffffff"):
+        check_store(generator, other)
+    small = Store.open(make_store(tmp_path / "small", **sizes | {"codebook_size": 16}, inputs=own))
+    with pytest.raises(DataError, match="codebook_size 16"):
+        check_store(generator, small)
