@@ -151,7 +151,8 @@ class KeyedDropout(torch.nn.Module):
         """[S, B, H] and the sequence numbers int64 [B] -> [S, B, H]."""
         if self.p == 0.0 or not self.training:
             return x_SBH
-        return x_SBH * (self.mask(numbers_B, x_SBH.shape[0], x_SBH.shape[2]) * (1.0 / (1.0 - self.p)))
+        kept = self.mask(numbers_B, x_SBH.shape[0], x_SBH.shape[2])
+        return torch.where(kept, x_SBH * (1.0 / (1.0 - self.p)), 0.0)
 
 
 class Attention(torch.nn.Module):

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.autograd.function import once_differentiable
 
 CHUNK = 1024
 """Tokens of a chunk. At 65,536 ids in fp32 a chunk is 256 MB over all tensor ranks."""
@@ -34,7 +35,7 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, plan: "_Plan") -> Any:
-        need = hidden.requires_grad or weight.requires_grad
+        need = plan.gradient
         grad_hidden = torch.empty_like(hidden) if need else None
         wide = torch.float32 if weight.dtype != torch.float64 else torch.float64
         grad_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if need else None
@@ -43,18 +44,18 @@ class _ChunkedLoss(torch.autograd.Function):
         for low in range(0, hidden.shape[0], CHUNK):
             rows = slice(low, low + CHUNK)
             _chunk(hidden[rows], weight, targets[rows], plan, nll[rows], log_z[rows], grad_hidden, grad_weight, rows)
-        real = targets != IGNORE
-        total = (nll[real].sum() + plan.z_loss * log_z[real].square().sum()) * plan.scale
-        if need:
-            assert grad_weight is not None
-            ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
+        total = torch.where(targets != IGNORE, nll + plan.z_loss * log_z.square(), 0.0).sum() * plan.scale
+        ctx.gradients = (grad_hidden, grad_weight, weight.dtype)
         ctx.mark_non_differentiable(nll, log_z)
         return total, nll, log_z
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: torch.Tensor, *_: Any) -> Any:
-        grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad, grad_weight * grad, None, None
+        # In place: the gradients were made for this one call, and the table's is among the largest tensors there are.
+        grad_hidden, grad_weight, dtype = ctx.gradients
+        ctx.gradients = None
+        return grad_hidden.mul_(grad), grad_weight.mul_(grad).to(dtype), None, None
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ class _Plan:
     vocab_size: int
     z_loss: float
     scale: float
+    gradient: bool
 
 
 def _chunk(
@@ -128,5 +130,6 @@ def chunked_loss(
     Returns (scaled total with gradient, nll [N], logZ [N]); nll and logZ are meaningless where there is no target. The
     z-loss is z * logZ^2 over the same targets (Chameleon 2.3). With world > 1, `weight` holds this rank's rows.
     """
-    plan = _Plan(group, world, rank, vocab_size, z_loss, scale)
+    gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    plan = _Plan(group, world, rank, vocab_size, z_loss, scale, gradient)
     return _ChunkedLoss.apply(hidden, weight, targets, plan)  # type: ignore[no-any-return,no-untyped-call]
