@@ -1,0 +1,360 @@
+"""Finding the neighbours of every document of a bank, block by block (layout: neighbours.py).
+
+A block is a unit (units.py): it can be computed anywhere, again, and to the same bytes. Queries are the document's
+picture, and its caption with tokens dropped at random (keyed by seed, document and variant), as CM3Leon's retrieval
+does. The scores of what is kept are computed from the stored vectors, whatever the index rounds.
+"""
+
+import logging
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megacm3.command import seed_from
+from megacm3.errors import ConfigError, DataError
+from megacm3.files import new_file
+from megacm3.retrieval.bank import MemoryBank
+from megacm3.retrieval.encoder import Encoder
+from megacm3.retrieval.neighbours import (
+    IMAGE,
+    KIND,
+    MAX_KEEP,
+    TEXT,
+    NeighbourTable,
+    folder_of,
+    masks,
+    part_path,
+    scores_up,
+)
+from megacm3.retrieval.units import Job, run_units
+
+logger = logging.getLogger(__name__)
+
+_QUERIES = 1024
+"""Queries of one search: a fixed number, since sums may differ in the last bit between sizes of a batch."""
+_COMPARED = 128
+"""Documents whose candidates are compared with one another at once."""
+
+
+@dataclass(frozen=True)
+class NeighbourOptions:
+    """A neighbour folder to be made."""
+
+    bank: str
+    output: str
+    encoder: str = ""
+    """CLIP folder; empty: the bank's own copy."""
+    keep: int = 16
+    """Candidates kept in each list."""
+    search: int = 64
+    """Candidates looked at: copies of the document and of one another are left out of them."""
+    text_variants: int = 2
+    query_dropout: float = 0.2
+    """Probability that a token of a text query is dropped (CM3Leon 2.1)."""
+    alike: float = 0.9
+    """Inner product of document vectors above which two candidates are not drawn together."""
+    duplicate: float = 0.98
+    """Inner product of document vectors from which two documents count as copies of each other."""
+    block: int = 0
+    """Documents of a unit; 0: by the number of documents."""
+    batch: int = 64
+    seed: int = 0
+    workers: int = 0
+    """Units at once; 0: one below 20,000 documents, else one a core."""
+    device: str = "cpu"
+    overwrite: bool = False
+
+    def check(self) -> None:
+        """Raises ConfigError for values out of range."""
+        if not 1 <= self.keep <= MAX_KEEP or self.search < self.keep:
+            raise ConfigError(
+                f"--keep {self.keep} --search {self.search}; expected 1 <= keep <= {MAX_KEEP}, search >= keep"
+            )
+        if self.text_variants < 1 or not 0 <= self.query_dropout < 1:
+            raise ConfigError(
+                f"--text-variants {self.text_variants} --query-dropout {self.query_dropout}; "
+                "expected at least 1 variant and a dropout of 0 or more, below 1"
+            )
+        if self.block < 0 or self.batch < 1:
+            raise ConfigError(f"--block {self.block} --batch {self.batch}; expected block >= 0 and batch >= 1")
+
+
+@dataclass(frozen=True)
+class NeighbourReport:
+    """What was made."""
+
+    documents: int
+    with_image: int
+    """Documents that have at least one candidate by picture."""
+    with_text: int
+    copies: int
+    """Documents that share a cluster with another one."""
+    largest_cluster: int
+    seconds: float
+    """0 when the folder was there already."""
+
+
+def find_neighbours(options: NeighbourOptions, verify: str = "sha256") -> NeighbourReport:
+    """Make or continue a neighbour folder. Raises ConfigError for flags, DataError for a wrong bank or encoder."""
+    started = time.monotonic()
+    options.check()
+    bank = MemoryBank.open(options.bank, verify)
+    blocks = plan(options, bank)
+    names = ("keep", "search", "text_variants", "query_dropout", "alike", "duplicate", "batch", "seed")
+    settings = {name: getattr(options, name) for name in names} | {"block": blocks.block}
+    inputs = {"bank": bank.fingerprint, "store": bank.inputs["store"], "encoder": bank.inputs["encoder"]}
+    job = Job(Path(options.output), KIND, settings, inputs)
+    if job.finished(options.overwrite):
+        logger.info("%s is finished already: same bank and settings", options.output)
+        return _report(NeighbourTable.open(options.output), 0.0)
+    job.prepare(options.overwrite)
+    workers = options.workers or (1 if bank.documents < 20_000 else 0)
+    run_units(blocks, job.work, workers)
+    _write_metadata(job.folder, bank, blocks.count)
+    sizes = {"documents": bank.documents, "rows": len(bank), "dim": bank.dim}
+    job.commit(settings | sizes, options.overwrite)
+    return _report(NeighbourTable.open(options.output), time.monotonic() - started)
+
+
+def plan(options: NeighbourOptions, bank: MemoryBank) -> "NeighbourBlocks":
+    """The units of a job, with the encoder that text queries need checked against the bank."""
+    encoder = options.encoder
+    if not encoder and (bank.folder / "encoder").is_dir():
+        encoder = str(bank.folder / "encoder")
+    if encoder:
+        bank.check_encoder(Encoder.load(encoder))
+    elif options.query_dropout or options.text_variants > 1:
+        raise ConfigError(
+            f"{options.bank} holds no encoder (precomputed vectors); give --encoder DIR, or --query-dropout 0 "
+            "--text-variants 1 to query with the stored text vectors"
+        )
+    block = options.block or min(1 << 20, max(4096, 1 << math.ceil(math.log2(max(1, bank.documents / 64)))))
+    return NeighbourBlocks(options, encoder, bank.documents, block)
+
+
+@dataclass(frozen=True)
+class NeighbourBlocks:
+    """Units: block N holds documents N x block and on."""
+
+    options: NeighbourOptions
+    encoder: str
+    documents: int
+    block: int
+    stage: str = "neighbours"
+
+    @property
+    def count(self) -> int:
+        """Number of blocks."""
+        return -(-self.documents // self.block)
+
+    def make(self, folder: Path, number: int) -> list[Path]:
+        """Write the lists of one block."""
+        bank = MemoryBank.open(self.options.bank, verify="none")
+        first = number * self.block
+        doc_ids = np.arange(first, min(first + self.block, self.documents))
+        rows = bank.metadata.rows(doc_ids)
+        held = np.flatnonzero(rows >= 0)
+        search = _Search(bank, self.options, doc_ids[held], rows[held])
+        encoder = Encoder.load(self.encoder, self.options.device) if self.encoder else None
+        scores, image_ids = search.by_image()
+        written = [self._write(folder, IMAGE, 0, number, len(doc_ids), held, scores, image_ids)]
+        for variant in range(self.options.text_variants):
+            scores, ids = search.by_text(encoder, variant)
+            written.append(self._write(folder, TEXT, variant, number, len(doc_ids), held, scores, ids))
+            similar = search.compare(np.concatenate([image_ids, ids], 1))
+            bits = np.zeros((len(doc_ids), 2 * self.options.keep), similar.dtype)
+            bits[held] = similar
+            written.append([_save(part_path(folder, TEXT, variant, number, "alike"), bits)])
+        written.append([_save(copies_path(folder, number), np.unique(search.copies, axis=0))])
+        return [path for paths in written for path in paths]
+
+    def _write(
+        self,
+        folder: Path,
+        kind: str,
+        variant: int,
+        number: int,
+        count: int,
+        held: np.ndarray,
+        scores: np.ndarray,
+        ids: np.ndarray,
+    ) -> list[Path]:
+        # Rows for every document of the block; those that are not in the bank have no candidates.
+        all_ids = np.full((count, self.options.keep), -1, np.int32 if self.documents < 2**31 else np.int64)
+        all_scores = np.full((count, self.options.keep), -np.inf, np.float16)
+        all_ids[held], all_scores[held] = ids, scores_up(scores)
+        paths = [part_path(folder, kind, variant, number, what) for what in ("ids", "scores")]
+        return [_save(paths[0], all_ids), _save(paths[1], all_scores)]
+
+
+def copies_path(folder: Path, number: int) -> Path:
+    """int64 [m, 2]: pairs of documents of a block and their copies, found by vectors."""
+    return folder / "copies" / f"part-{number:05d}.npy"
+
+
+def _save(path: Path, array: np.ndarray) -> Path:
+    with new_file(path) as temporary, open(temporary, "wb") as file:
+        np.save(file, array)
+    return path
+
+
+class _Search:
+    """The searches of one block."""
+
+    def __init__(self, bank: MemoryBank, options: NeighbourOptions, doc_ids: np.ndarray, rows: np.ndarray) -> None:
+        self._bank, self._options = bank, options
+        self._doc_ids, self._rows = doc_ids, rows
+        self.copies = np.zeros((0, 2), np.int64)
+        """Pairs of a document and a copy of it, found so far by vectors."""
+
+    def by_image(self) -> tuple[np.ndarray, np.ndarray]:
+        """Scores float32 and ids int64 [n, keep] by the documents' pictures."""
+        return self._search(self._bank.embeddings.take("image", self._rows))
+
+    def by_text(self, encoder: Encoder | None, variant: int) -> tuple[np.ndarray, np.ndarray]:
+        """The same by their captions with dropped tokens, or by the stored text vectors without an encoder."""
+        if encoder is None:
+            return self._search(self._bank.embeddings.take("text", self._rows))
+        captions = self._captions()
+        tokens = encoder.tokenize(captions)
+        share, seed = self._options.query_dropout, self._options.seed
+        pairs = zip(self._doc_ids.tolist(), tokens, strict=True)
+        dropped = [drop_tokens(row, share, seed, doc_id, variant) for doc_id, row in pairs]
+        return self._search(encoder.encode_tokens(dropped, self._options.batch))
+
+    def _captions(self) -> list[str]:
+        if not len(self._rows):
+            return []
+        # Documents of a block that are in the bank are neighbours there, too.
+        return self._bank.captions(int(self._rows[0]), int(self._rows[-1]) + 1)
+
+    def _search(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        keep = self._options.keep
+        scores = np.full((len(queries), keep), -np.inf, np.float32)
+        ids = np.full((len(queries), keep), -1, np.int64)
+        for start in range(0, len(queries), _QUERIES):
+            part = slice(start, start + _QUERIES)
+            _, found = self._bank.search(queries[part], self._options.search)
+            scores[part], ids[part] = self._score(queries[part], self._select(self._rows[part], found))
+        return scores, ids
+
+    def _score(self, queries: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Scores of ids [n, keep] from the stored vectors, both sorted anew by them."""
+        scores = np.full(ids.shape, -np.inf, np.float32)
+        for start in range(0, len(ids), _COMPARED):
+            part = slice(start, start + _COMPARED)
+            rows = self._bank.metadata.rows(ids[part])
+            vectors = self._vectors(np.maximum(rows, 0))
+            scores[part] = np.where(rows >= 0, np.einsum("nd,nkd->nk", queries[part], vectors), -np.inf)
+        order = np.lexsort((ids, -scores), axis=1)
+        return np.take_along_axis(scores, order, 1), np.take_along_axis(ids, order, 1)
+
+    def _vectors(self, rows: np.ndarray) -> np.ndarray:
+        # float32 [n, k, d]: document vectors of rows [n, k], each read once.
+        needed, places = np.unique(rows, return_inverse=True)
+        return self._bank.embeddings.documents(needed)[places.reshape(rows.shape)]
+
+    def _select(self, own: np.ndarray, ids: np.ndarray) -> np.ndarray:
+        """The first `keep` of candidates [n, search] that no setting can drop later: not the document, nor a copy of it
+        or its caption, nor a copy of a better candidate."""
+        metadata, keep = self._bank.metadata, self._options.keep
+        rows = metadata.rows(ids)
+        clusters, captions = metadata.clusters[rows], metadata.captions[rows]
+        good = (ids >= 0) & (rows != own[:, None])
+        good &= clusters != metadata.clusters[own][:, None]
+        good &= captions != metadata.captions[own][:, None]
+        better = np.tri(ids.shape[1], k=-1, dtype=bool)
+        for part in range(0, len(ids), _COMPARED):
+            block = slice(part, part + _COMPARED)
+            same = clusters[block, :, None] == clusters[block, None, :]
+            good[block] &= ~(same & better & good[block, None, :]).any(2)
+        # Copies by vectors cost reading vectors: only what would be kept is looked at, and again where something fell.
+        found = np.full((len(ids), keep), -1, np.int64)
+        looked = np.zeros_like(good)
+        again = np.arange(len(ids))
+        while len(again):
+            order = np.argsort(~good[again], axis=1, kind="stable")[:, :keep]
+            kept = np.take_along_axis(good[again], order, 1)
+            found[again, : order.shape[1]] = np.where(kept, np.take_along_axis(ids[again], order, 1), -1)
+            fresh = kept & ~np.take_along_axis(looked[again], order, 1)
+            looked[again[:, None], order] = True
+            copies = self._copies(own[again], np.where(fresh, np.take_along_axis(ids[again], order, 1), -1))
+            place, column = np.nonzero(copies)
+            good[again[place], order[place, column]] = False
+            again = again[np.unique(place)]
+        return found
+
+    def _copies(self, own: np.ndarray, ids: np.ndarray) -> np.ndarray:
+        """bool [n, k]: which candidates `ids` (-1: none) are copies of document row `own`, by vectors; notes them."""
+        near = np.zeros(ids.shape, bool)
+        for start in range(0, len(ids), _COMPARED):
+            part = slice(start, start + _COMPARED)
+            rows = self._bank.metadata.rows(ids[part])
+            vectors = self._vectors(np.concatenate([own[part, None], np.maximum(rows, 0)], 1))
+            cosines = np.einsum("nd,nkd->nk", vectors[:, 0], vectors[:, 1:])
+            near[part] = (rows >= 0) & (cosines >= self._options.duplicate)
+        document, candidate = np.nonzero(near)
+        pairs = np.stack([self._bank.metadata.doc_ids[own[document]], ids[document, candidate]], 1)
+        self.copies = np.concatenate([self.copies, pairs])
+        return near
+
+    def compare(self, ids: np.ndarray) -> np.ndarray:
+        """`alike` bits [n, 2 keep] of candidates `ids` [n, 2 keep]."""
+        bits = [masks(np.zeros((0, ids.shape[1], ids.shape[1]), bool), self._options.keep)]
+        for start in range(0, len(ids), _COMPARED):
+            rows = self._bank.metadata.rows(ids[start : start + _COMPARED])
+            vectors = self._vectors(np.maximum(rows, 0))
+            similar = np.einsum("nid,njd->nij", vectors, vectors) > self._options.alike
+            real = rows >= 0
+            bits.append(masks(similar & real[:, :, None] & real[:, None, :], self._options.keep))
+        return np.concatenate(bits)
+
+
+def drop_tokens(tokens: list[int], share: float, seed: int, doc_id: int, variant: int) -> list[int]:
+    """`tokens` without each one with probability `share`; at least one stays. Keyed by seed, document and variant."""
+    if not share or len(tokens) < 2:
+        return tokens
+    rng = np.random.Generator(np.random.PCG64(seed_from(seed, "query dropout", doc_id, variant)))
+    kept = rng.random(len(tokens)) >= share
+    if not kept.any():
+        kept[rng.integers(len(tokens))] = True
+    return [token for token, keep in zip(tokens, kept.tolist(), strict=True) if keep]
+
+
+def _write_metadata(folder: Path, bank: MemoryBank, blocks: int) -> None:
+    metadata = bank.metadata
+    pairs = np.concatenate([np.load(copies_path(folder, number)) for number in range(blocks)])
+    clusters = join_clusters(np.asarray(metadata.clusters), metadata.rows(pairs))
+    arrays = {"doc_ids": metadata.doc_ids, "captions": metadata.captions, "clusters": clusters}
+    for name, array in arrays.items():
+        _save(folder / f"{name}.npy", np.asarray(array))
+
+
+def join_clusters(clusters: np.ndarray, pairs: np.ndarray) -> np.ndarray:
+    """int64 [rows]: clusters joined by pairs of rows [m, 2]; each gets the smallest number of those that it joins."""
+    if len(pairs) and pairs.min() < 0:
+        raise DataError("a pair of copies names a document that is not in the bank")
+    names, labels = np.unique(clusters, return_inverse=True)
+    parent = np.arange(len(names))
+    left, right = labels[pairs[:, 0]], labels[pairs[:, 1]]
+    while True:
+        before = parent.copy()
+        smallest = np.minimum(parent[left], parent[right])
+        np.minimum.at(parent, left, smallest)
+        np.minimum.at(parent, right, smallest)
+        parent = parent[parent]
+        if np.array_equal(before, parent):
+            return names[parent][labels]
+
+
+def _report(table: NeighbourTable, seconds: float) -> NeighbourReport:
+    counts = []
+    for kind in (IMAGE, TEXT):
+        files = sorted((table.folder / folder_of(kind, 0)).glob("*.ids.npy"))
+        counts.append(sum(int((np.load(path, mmap_mode="r")[:, 0] >= 0).sum()) for path in files))
+    _, sizes = np.unique(table.metadata.clusters, return_counts=True)
+    copies = int(sizes[sizes > 1].sum())
+    return NeighbourReport(len(table), counts[0], counts[1], copies, int(sizes.max()), seconds)
