@@ -1,5 +1,6 @@
 """Boxes of logical tensors: what every checkpoint, reshard and conversion copies from and to."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -16,10 +17,7 @@ class Box:
     @property
     def numel(self) -> int:
         """Number of elements."""
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
+        return math.prod(self.shape)
 
     def __str__(self) -> str:
         """As slices: `0:32,64:128`. `parse` reads it back."""
@@ -52,9 +50,8 @@ def whole(shape: tuple[int, ...]) -> Box:
 
 
 def row_width(shape: tuple[int, ...]) -> int:
-    """Elements in one row (one step along the first dimension) of a tensor of one or two dimensions."""
-    assert len(shape) in (1, 2), f"parameters have one or two dimensions, found {shape}"
-    return shape[1] if len(shape) == 2 else 1
+    """Elements in one row (one step along the first dimension) of a tensor."""
+    return math.prod(shape[1:])
 
 
 def boxes_of_range(part: Part, width: int, start: int, stop: int) -> Iterator[tuple[Box, slice]]:

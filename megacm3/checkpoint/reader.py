@@ -1,19 +1,16 @@
 """A committed checkpoint step, read box by box."""
 
-from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from megacm3.checkpoint.boxes import Box, whole
-from megacm3.checkpoint.tensors import DTYPES
+from megacm3.checkpoint.tensors import DTYPES, OpenFiles
 from megacm3.errors import CheckpointError
 from megacm3.files import Manifest, read_manifest
 
 KIND = "checkpoint"
-OPEN_FILES = 64
 
 
 def key_of(kind: str, name: str, box: Box) -> str:
@@ -42,7 +39,7 @@ class Checkpoint:
             self._places = self._index(settings["boxes"])
         except (KeyError, TypeError, ValueError, AttributeError) as fault:
             raise CheckpointError(f"{self.folder}: its manifest lacks or garbles a field ({fault!r})") from fault
-        self._open: OrderedDict[str, Any] = OrderedDict()
+        self._files = OpenFiles(self.folder)
 
     def _index(self, files: dict[str, Any]) -> dict[tuple[str, str], list[tuple[Box, str]]]:
         places: dict[tuple[str, str], list[tuple[Box, str]]] = {}
@@ -95,24 +92,10 @@ class Checkpoint:
             shared = box.intersection(held)
             if shared is None:
                 continue
-            values = self._slice(file, key_of(kind, name, held), shared.within(held))
+            values = self._files.slice(file, key_of(kind, name, held), shared.within(held))
             out[shared.within(box)].copy_(values)
             copied += shared.numel
         if copied != box.numel:
             raise CheckpointError(
                 f"{self.folder}: {kind} of {name} lacks part of [{box}]: {copied} of {box.numel} elements"
             )
-
-    def _slice(self, file: str, key: str, place: tuple[slice, ...]) -> torch.Tensor:
-        try:
-            return self._file(file).get_slice(key)[place]
-        except (SafetensorError, OSError) as fault:
-            raise CheckpointError(f"{self.folder / file}: {key} cannot be read: {fault}") from fault
-
-    def _file(self, name: str) -> Any:
-        if name not in self._open:
-            if len(self._open) == OPEN_FILES:
-                self._open.popitem(last=False)
-            self._open[name] = safe_open(str(self.folder / name), framework="pt")
-        self._open.move_to_end(name)
-        return self._open[name]

@@ -117,7 +117,7 @@ class Saver:
         pieces, problem = _attempt(lambda: collect(self._engine))
         _agree(self._context, problem)
         self._step, self._state = step, state
-        self._index = _index(pieces, optimizer_step(self._engine))
+        self._index = index_of(pieces, optimizer_step(self._engine))
         needed = sum(_everywhere(self._context, file_bytes(_entries(pieces), self._metadata)))
         if self._context.rank == 0:
             _, problem = _attempt(lambda: begin(self._folder, step, needed))
@@ -213,7 +213,7 @@ def _entries(pieces: list[Piece]) -> list[Entry]:
     return in_file_order(Entry(key_of(p.kind, p.name, p.box), p.tensor.dtype, p.box.shape) for p in pieces)
 
 
-def _index(pieces: list[Piece], step: int) -> dict[str, Any]:
+def index_of(pieces: list[Piece], step: int) -> dict[str, Any]:
     """What a rank's file holds: kinds with dtypes, tensors with shapes, boxes by kind and tensor."""
     boxes: dict[str, dict[str, list[str]]] = {}
     for piece in pieces:

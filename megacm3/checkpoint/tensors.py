@@ -1,9 +1,11 @@
-"""safetensors files, written header first and chunk by chunk, so that memory does not grow with the file."""
+"""safetensors files, written header first and read slice by slice, so that memory does not grow with the file."""
 
 import hashlib
 import json
+import math
 import os
 import struct
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from megacm3.errors import CheckpointError, Megacm3Error
 
@@ -34,6 +37,9 @@ MAX_HEADER = 100_000_000
 CHUNK = 1 << 26
 """Bytes written and hashed at once."""
 
+OPEN_FILES = 64
+"""Files that `OpenFiles` keeps mapped."""
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -46,10 +52,7 @@ class Entry:
     @property
     def bytes(self) -> int:
         """Size of the data."""
-        count = self.dtype.itemsize
-        for size in self.shape:
-            count *= size
-        return count
+        return self.dtype.itemsize * math.prod(self.shape)
 
 
 def in_file_order(entries: Iterable[Entry]) -> list[Entry]:
@@ -156,3 +159,23 @@ def read_header(path: Path, error: type[Megacm3Error] = CheckpointError) -> dict
     if at != data:
         raise error(f"{path} has {data - at} bytes after its last tensor; expected none")
     return tree
+
+
+class OpenFiles:
+    """Slices of the tensors in a folder's safetensors files, memory-mapped, the last `OPEN_FILES` kept open."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._open: OrderedDict[str, Any] = OrderedDict()
+
+    def slice(self, file: str, key: str, place: tuple[slice, ...]) -> torch.Tensor:
+        """Part of a tensor, a view of the mapped file. Raises CheckpointError with file and key."""
+        try:
+            if file not in self._open:
+                if len(self._open) == OPEN_FILES:
+                    self._open.popitem(last=False)
+                self._open[file] = safe_open(str(self.folder / file), framework="pt")
+            self._open.move_to_end(file)
+            return self._open[file].get_slice(key)[place]
+        except (SafetensorError, OSError) as fault:
+            raise CheckpointError(f"{self.folder / file}: {key} cannot be read: {fault}") from fault

@@ -133,12 +133,21 @@ class Head(torch.nn.Module):
             return copy_to_tensor_model_parallel_region(x, group=group)
         return x
 
+    def _table(self, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        if self.weight is not None:
+            return self.weight
+        # tied: the same module without a pipeline, handed on by its stage with one
+        return self.tied_to[0].weight if self.tied_to else inputs[2]
+
+    def logits(self, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """(hidden [S, B, H], meta[, table]) -> logits [B, T, rows of this tensor rank]: for comparisons, not for training."""
+        x_TBH = self._gathered(self.norm(inputs[0]))
+        return (x_TBH @ self._table(inputs).T).transpose(0, 1)
+
     def forward(self, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """(hidden [S, B, H], meta[, table]) -> the micro-batch's share of the step's loss."""
         x, meta = inputs[:2]
-        weight = self.weight
-        if weight is None:  # tied: the same module without a pipeline, handed on by its stage with one
-            weight = self.tied_to[0].weight if self.tied_to else inputs[2]
+        weight = self._table(inputs)
         self.state.output_norm.append(x.detach().float().square().mean())
         x_TBH = self._gathered(self.norm(x))
         targets = unpack(meta)[2].T.reshape(-1)

@@ -1,0 +1,183 @@
+"""Checkpoints made by one process, tensor by tensor: another layout of an existing one, or an import.
+
+Memory is bounded by one chunk: a box of the output is read in slices of whole rows and written at once.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megacm3.checkpoint.boxes import Box, row_width, whole
+from megacm3.checkpoint.commit import discover
+from megacm3.checkpoint.reader import KIND, Checkpoint, key_of
+from megacm3.checkpoint.state import Piece
+from megacm3.checkpoint.store import index_of, manifest_settings
+from megacm3.checkpoint.tensors import CHUNK, Entry, in_file_order, write_tensors
+from megacm3.config import Config, check, merge
+from megacm3.errors import CheckpointError
+from megacm3.files import MANIFEST, new_folder, write_manifest
+
+log = logging.getLogger(__name__)
+Read = Callable[[str, str, Box, torch.Tensor], None]
+"""(kind, name, box, out): copies a box of a logical tensor into `out`."""
+
+
+def find_step(folder: str | Path) -> Path:
+    """The step folder meant by a step's folder, a `checkpoints` folder or a run's folder: the newest valid one.
+
+    Raises CheckpointError when there is none.
+    """
+    folder = Path(folder)
+    if (folder / MANIFEST).is_file():
+        return folder
+    steps = discover(folder / "checkpoints") or discover(folder)
+    if not steps:
+        found = "holds no valid checkpoint step" if folder.is_dir() else "does not exist"
+        raise CheckpointError(f"{folder} {found}; give a run's folder, its checkpoints folder or one step_NNNNNN")
+    return steps[0]
+
+
+def config_of(tree: dict[str, Any], tensor: int, pipeline: int) -> Config:
+    """The config saved with a checkpoint, at another layout. Raises ConfigError when the model cannot be cut so."""
+    layout = {"parallel.tensor": tensor, "parallel.pipeline": pipeline, "parallel.sequence": False}
+    config: Config = merge(Config, [("the checkpoint's config", tree), ("--tensor and --pipeline", layout)])
+    rows = config.model.vocab_rows or config.model.vocab_size
+    padded = dataclasses.replace(
+        config, model=dataclasses.replace(config.model, vocab_rows=-(-rows // tensor) * tensor)
+    )
+    check(padded)
+    return config
+
+
+def split_axis(name: str) -> int | None:
+    """Along which dimension tensor ranks cut a logical tensor; None = the first one holds it whole."""
+    if name.endswith((".attn.o.weight", ".mlp.down.weight")):
+        return 1
+    cut = (".attn.q.weight", ".attn.k.weight", ".attn.v.weight", ".mlp.gate.weight", ".mlp.up.weight")
+    return 0 if name.endswith(cut) or name in ("embed.weight", "head.weight") else None
+
+
+def _stage(name: str, layers: int, pipeline: int) -> int:
+    if name.startswith("layers."):
+        return int(name.split(".")[1]) // (layers // pipeline)
+    return 0 if name in ("embed.weight", "positions.weight") else pipeline - 1
+
+
+def plan(shapes: dict[str, tuple[int, ...]], layers: int, tensor: int, pipeline: int) -> list[list[tuple[str, Box]]]:
+    """The (tensor, box) pairs of each rank's file at a layout without data parallel ranks, tensor rank fastest."""
+    ranks: list[list[tuple[str, Box]]] = [[] for _ in range(tensor * pipeline)]
+    for name, shape in shapes.items():
+        first, axis = _stage(name, layers, pipeline) * tensor, split_axis(name)
+        if axis is None:
+            ranks[first].append((name, whole(shape)))
+            continue
+        size = -(-shape[axis] // tensor)
+        for rank in range(tensor):
+            low, high = rank * size, min((rank + 1) * size, shape[axis])
+            if low < high:
+                offset = tuple(low if dim == axis else 0 for dim in range(len(shape)))
+                extent = tuple(high - low if dim == axis else n for dim, n in enumerate(shape))
+                ranks[first + rank].append((name, Box(offset, extent)))
+    return ranks
+
+
+def row_chunks(box: Box, dtype: torch.dtype) -> Iterator[Box]:
+    """A box in slices of whole rows of at most about `CHUNK` bytes."""
+    rows = max(1, CHUNK // (row_width(box.shape) * dtype.itemsize))
+    for low in range(0, box.shape[0], rows):
+        size = min(rows, box.shape[0] - low)
+        yield Box((box.offset[0] + low, *box.offset[1:]), (size, *box.shape[1:]))
+
+
+def write_checkpoint(
+    output: str | Path,
+    *,
+    kinds: dict[str, torch.dtype],
+    shapes: dict[str, tuple[int, ...]],
+    read: Read,
+    config: Config,
+    step: int,
+    optimizer_step: int,
+    state: dict[str, Any],
+    inputs: dict[str, str],
+    extra: Callable[[Path], dict[str, dict[str, Any]]] = lambda folder: {},
+    gate: Callable[[Path], None] = lambda folder: None,
+    done: Callable[[int], None] = lambda count: None,
+) -> Path:
+    """Write a step's folder at the layout of `config`, whole or not at all. Raises DataError when it exists already.
+
+    extra: writes further files into the folder and returns their manifest entries. gate: sees the finished folder under
+    a temporary name, and may refuse it by raising. done: told of bytes written.
+    """
+    tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
+    with new_folder(output) as temporary:
+        files, parts = extra(temporary), []
+        for rank, boxes in enumerate(plan(shapes, config.model.layers, tensor, pipeline)):
+            name = f"rank_{rank:05d}.safetensors"
+            # Empty tensors carry shape and dtype only; values are read as they are written.
+            pieces = [
+                Piece(kind, tensor_name, shapes[tensor_name], box, torch.empty(box.shape, dtype=dtype, device="meta"))
+                for kind, dtype in kinds.items()
+                for tensor_name, box in boxes
+            ]
+            files[name] = _write_file(temporary / name, pieces, step, read, done)
+            parts.append({"file": name, **index_of(pieces, optimizer_step)})
+        layout = {"world": tensor * pipeline, "tensor": tensor, "data": 1, "pipeline": pipeline, "zero": 0}
+        settings = manifest_settings(
+            step=step,
+            optimizer_step=optimizer_step,
+            layout=layout,
+            config=dataclasses.asdict(config),
+            state=state,
+            parts=parts,
+        )
+        write_manifest(temporary, KIND, settings, inputs, files)
+        gate(temporary)
+    return Path(output)
+
+
+def _write_file(path: Path, pieces: list[Piece], step: int, read: Read, done: Callable[[int], None]) -> dict[str, Any]:
+    by_key = {key_of(piece.kind, piece.name, piece.box): piece for piece in pieces}
+    entries = in_file_order(Entry(key, piece.tensor.dtype, piece.box.shape) for key, piece in by_key.items())
+
+    def values(entry: Entry) -> Iterator[torch.Tensor]:
+        piece = by_key[entry.key]
+        for box in row_chunks(piece.box, entry.dtype):
+            out = torch.empty(box.shape, dtype=entry.dtype)
+            read(piece.kind, piece.name, box, out)
+            yield out
+
+    return write_tensors(path, entries, {"format": "pt", "step": str(step)}, values, done)
+
+
+def reshard(
+    checkpoint: str | Path,
+    output: str | Path,
+    tensor: int,
+    pipeline: int,
+    done: Callable[[int], None] = lambda count: None,
+) -> Path:
+    """Copy a checkpoint into the layout tensor x pipeline: bitwise the same logical tensors, optimizer included.
+
+    Every file of the source is hashed first. Raises CheckpointError for a damaged source, ConfigError when the model
+    cannot be cut so, DataError when the output exists.
+    """
+    source = Checkpoint(find_step(checkpoint), verify="sha256")
+    config = config_of(source.config, tensor, pipeline)
+    source.check_coverage()
+    return write_checkpoint(
+        output,
+        kinds=source.kinds,
+        shapes=source.shapes,
+        read=source.read,
+        config=config,
+        step=source.step,
+        optimizer_step=source.optimizer_step,
+        state=source.state,
+        inputs={"checkpoint": source.manifest.fingerprint},
+        done=done,
+    )

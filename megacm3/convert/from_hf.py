@@ -1,0 +1,154 @@
+"""A Hugging Face folder -> a native checkpoint without optimizer state, at any layout, streaming."""
+
+import dataclasses
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megacm3.checkpoint.boxes import Box, whole
+from megacm3.checkpoint.reshard import config_of, row_chunks, write_checkpoint
+from megacm3.checkpoint.state import PARAM
+from megacm3.checkpoint.tensors import CODES, Entry, in_file_order, write_tensors
+from megacm3.config import Config, ModelConfig
+from megacm3.convert.configs import SIDECAR, from_hf_config
+from megacm3.convert.folder import HfFolder
+from megacm3.convert.names import OPT_OFFSET, Name, head_rows, names
+from megacm3.errors import CheckpointError
+from megacm3.files import read_json
+from megacm3.tokenizers.vocabulary import Vocabulary, image_name
+
+log = logging.getLogger(__name__)
+EXTRAS = "extras.safetensors"
+"""File of a native checkpoint with what only the Hugging Face class has: image tokenizer, unused rows of positions."""
+KEPT = ("model.vqmodel.",)
+"""Prefixes of tensors that go to `EXTRAS` under their own names."""
+
+
+def from_hf(
+    model: str | Path,
+    output: str | Path,
+    tensor: int = 1,
+    pipeline: int = 1,
+    gate: Callable[[Path], None] = lambda folder: None,
+    done: Callable[[int], None] = lambda count: None,
+) -> Path:
+    """Write the checkpoint; return its folder. Raises CheckpointError for what is missing, damaged or does not fit.
+
+    gate: sees the finished folder under a temporary name, and may refuse it by raising.
+    """
+    source = HfFolder(model)
+    kind, fields = from_hf_config(source.config, str(source.folder / "config.json"))
+    fields |= {"qk_norm_groups": _groups(source, kind, ModelConfig(**fields))}
+    shape = ModelConfig(**fields)
+    table = names(kind, shape)
+    source.check(table, KEPT if kind == "chameleon" else ())
+    dtype = _one_dtype(source, table)
+    tree = dataclasses.asdict(Config(model=shape)) | {"train": {"steps": 1, "dtype": _train_dtype(dtype)}}
+    by_logical = {name.logical: name for name in table}
+
+    def read(_: str, logical: str, box: Box, out: torch.Tensor) -> None:
+        _read_logical(source, by_logical[logical], box, out)
+
+    state = {"step": 0, "hf": {"kind": kind, "config": source.config}} | _vocabulary(source)
+    return write_checkpoint(
+        output,
+        kinds={PARAM: dtype},
+        shapes={name.logical: name.shape for name in table},
+        read=read,
+        config=config_of(tree, tensor, pipeline),
+        step=0,
+        optimizer_step=0,
+        state=state,
+        inputs={},
+        extra=lambda folder: _write_extras(folder / EXTRAS, source, table),
+        gate=gate,
+        done=done,
+    )
+
+
+def _train_dtype(dtype: torch.dtype) -> str:
+    return "fp32" if dtype == torch.float32 else "bf16"
+
+
+def _one_dtype(source: HfFolder, table: list[Name]) -> torch.dtype:
+    by_dtype: dict[torch.dtype, str] = {}
+    for name in table:
+        by_dtype.setdefault(source.tensors[name.hf][1], name.hf)
+    if len(by_dtype) > 1:
+        told = ", ".join(f"{name} is {CODES[dtype]}" for dtype, name in by_dtype.items())
+        raise CheckpointError(f"{source.folder} mixes dtypes: {told}; expected one for all")
+    (dtype,) = by_dtype
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise CheckpointError(f"{source.folder}: tensors are {CODES[dtype]}; expected F32, BF16 or F16")
+    return dtype
+
+
+def _vocabulary(source: HfFolder) -> dict[str, Any]:
+    """The table of ids: from the folder's megacm3.json, else from a Chameleon config; nothing where neither has it."""
+    path, config = source.folder / SIDECAR, source.config
+    if path.is_file():
+        return {"vocabulary": read_json(path, error=CheckpointError).get("vocabulary")}
+    ids = config.get("vocabulary_map") or {}
+    if image_name(0) not in ids:
+        return {}
+    vq = config.get("vq_config") or {}
+    side = vq.get("resolution", 512) >> (len(vq.get("channel_multiplier", (1, 1, 2, 2, 4))) - 1)
+    codes = vq.get("num_embeddings", 8192)
+    return {"vocabulary": Vocabulary.chameleon(config["vocab_size"], codes, side * side, ids).to_json()}
+
+
+def _groups(source: HfFolder, kind: str, model: ModelConfig) -> int:
+    """The fewest rows of q/k norm that hold the per-head rows of the folder exactly: equal rows share one."""
+    if kind != "chameleon":
+        return 1
+    norms = [n for n in names(kind, dataclasses.replace(model, qk_norm_groups=model.heads)) if n.form == "heads"]
+    source.check_present(norms)
+    for groups in range(1, model.heads + 1):
+        if model.heads % groups == 0 and all(_fits(source.tensor(n.hf), min(groups, n.heads)) for n in norms):
+            return groups
+    raise AssertionError("as many groups as heads always fit")
+
+
+def _fits(rows: torch.Tensor, groups: int) -> bool:
+    heads = rows.shape[0]
+    if heads % groups:
+        return False
+    first = rows[[row * heads // groups for row in range(groups)]]
+    return torch.equal(first[head_rows(groups, heads)], rows)
+
+
+def _read_logical(source: HfFolder, name: Name, box: Box, out: torch.Tensor) -> None:
+    if name.form == "positions":
+        box = Box((box.offset[0] + OPT_OFFSET, box.offset[1]), box.shape)
+    if name.form == "vector":
+        source.read(name.hf, Box(box.offset[1:], box.shape[1:]), out[0])
+    elif name.form == "heads":
+        groups = name.shape[0]
+        rows = [row * name.heads // groups for row in range(groups)]
+        out.copy_(source.tensor(name.hf)[rows][box.within(whole(name.shape))])
+    else:
+        source.read(name.hf, box, out)
+
+
+def _write_extras(path: Path, source: HfFolder, table: list[Name]) -> dict[str, dict[str, Any]]:
+    """Tensors that our model does not have, as they are; nothing is written where there are none."""
+    known = {name.hf for name in table}
+    boxes = {name: whole(entry[2]) for name, entry in source.tensors.items() if name not in known}
+    boxes |= {name.hf: Box((0, 0), (OPT_OFFSET, name.shape[1])) for name in table if name.form == "positions"}
+    if not boxes:
+        return {}
+    entries = in_file_order(Entry(name, source.tensors[name][1], box.shape) for name, box in boxes.items())
+
+    def values(entry: Entry) -> Iterator[torch.Tensor]:
+        if not entry.shape:
+            yield source.tensor(entry.key)
+            return
+        for chunk in row_chunks(boxes[entry.key], entry.dtype):
+            out = torch.empty(chunk.shape, dtype=entry.dtype)
+            source.read(entry.key, chunk, out)
+            yield out
+
+    return {EXTRAS: write_tensors(path, entries, {"format": "pt"}, values)}

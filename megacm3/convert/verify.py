@@ -1,0 +1,235 @@
+"""The gate of every conversion: the trainer's layers and the Hugging Face class must give the same logits, in fp32.
+
+Both sides run layer by layer, each layer's weights read when it runs and dropped after, so that memory does not
+grow with the model.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megacm3.checkpoint.boxes import Box
+from megacm3.checkpoint.reader import Checkpoint
+from megacm3.checkpoint.state import PARAM
+from megacm3.config import Config
+from megacm3.convert.folder import HfFolder
+from megacm3.errors import CheckpointError, Megacm3Error
+from megacm3.parallel.cpu import prepare
+
+log = logging.getLogger(__name__)
+TOLERANCE = 1e-5
+"""Largest difference of a logit over the largest logit, in fp32: rounding of two orders of the same sums."""
+LOADED_WHOLE = 2_000_000_000
+"""Bytes of weights up to which transformers' own `from_pretrained` is run as well, and its report read."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the gate found."""
+
+    largest: float
+    """Largest relative difference of a logit."""
+    tokens: int
+    """Tokens compared."""
+    batches: tuple[str, ...]
+    """What they were: random, real."""
+
+
+@contextmanager
+def one_process() -> Iterator[None]:
+    """A process group of this process alone, for layers that expect one; nothing is left of it afterwards."""
+    if dist.is_initialized():
+        assert dist.get_world_size() == 1, "the gate runs in one process"
+        yield
+        return
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def random_batch(vocab_size: int, length: int) -> torch.Tensor:
+    """int64 [2, length], the same every time."""
+    return torch.randint(0, vocab_size, (2, length), generator=torch.Generator().manual_seed(7))
+
+
+def real_batch(config: Config, state: dict[str, Any], length: int) -> torch.Tensor | None:
+    """int64 [1, length]: the first documents of the run's first store; None where store or vocabulary is not there."""
+    from megacm3.data.store import Store
+    from megacm3.tokenizers.vocabulary import Vocabulary
+
+    folder = config.data.mixture[0].store if config.data.mixture else ""
+    if not folder or not Path(folder).is_dir() or not state.get("vocabulary"):
+        return None
+    try:
+        store, vocabulary = Store.open(folder), Vocabulary.from_json(state["vocabulary"])
+        ids: list[np.ndarray] = []
+        for doc_id in range(len(store)):
+            for segment in store.document(doc_id).segments:
+                ids.append(vocabulary.image_ids(segment.tokens) if segment.kind else segment.tokens)
+            if sum(map(len, ids)) >= length:
+                break
+    except Megacm3Error as fault:
+        log.warning("no real tokens for the gate: %s", fault)
+        return None
+    tokens = np.concatenate(ids)[:length]
+    return torch.from_numpy(tokens.astype(np.int64))[None] if len(tokens) else None
+
+
+@torch.no_grad()
+def trainer_logits(
+    checkpoint: Checkpoint,
+    config: Config,
+    batches: list[torch.Tensor],
+    kind: str = PARAM,
+    dtype: torch.dtype = torch.float32,
+) -> list[torch.Tensor]:
+    """fp32 logits [B, T, vocab_size] of the trainer's layers for int64 [B, T] batches.
+
+    kind: which of the checkpoint's values. dtype: they are rounded to it first, as an export rounds them.
+    """
+    prepare(torch.device("cpu"))
+    from megacm3.model.block import Block, pack
+    from megacm3.model.layers import linear_config
+    from megacm3.model.loss import LossState
+    from megacm3.model.stages import Head, Positions, Words
+    from megacm3.parallel.context import build_context
+    from megacm3.parallel.parts import named_parts
+
+    plain = dataclasses.replace(config.train, dtype="fp32", device="cpu")
+    cut = dataclasses.replace(config.parallel, tensor=1, pipeline=1, sequence=False, recompute="none")
+    config = dataclasses.replace(config, train=plain, parallel=cut)
+
+    def filled(module: torch.nn.Module) -> Any:
+        for parameter, part in named_parts(module):
+            rows = parameter.data[part.start : part.start + part.shape[0]]
+            checkpoint.read(kind, part.name, Box(part.offset, part.shape), rows)
+            rows.copy_(rows.to(dtype))
+        return module.eval()
+
+    with one_process():
+        context = build_context(config, torch.device("cpu"))
+        linear = linear_config(config, context, torch.float32)
+        words = filled(Words(config, context, linear))
+        meta = [pack(torch.zeros(len(b)), torch.zeros_like(b), torch.full_like(b, -100)) for b in batches]
+        hidden = [words((b, m)) for b, m in zip(batches, meta, strict=True)]
+        table = words.weight if config.model.tied else torch.empty(0)
+        del words
+        for i in range(-1, config.model.layers):
+            layer = filled(Block(i, config, context, linear) if i >= 0 else Positions(config, context, linear))
+            hidden = [layer(x) for x in hidden]
+        kinds = torch.zeros(config.model.vocab_size, dtype=torch.uint8)
+        head = filled(Head(config, context, linear, kinds, LossState()))
+        return [head.logits((*x, table))[..., : config.model.vocab_size] for x in hidden]
+
+
+@torch.no_grad()
+def hf_logits(folder: Path, batches: list[torch.Tensor]) -> list[torch.Tensor]:
+    """fp32 logits [B, T, vocab_size] of the folder's own class in transformers.
+
+    Raises CheckpointError when the class needs tensors that the folder lacks, or has no place for some that it holds.
+    """
+    model, source = _empty_model(folder), HfFolder(folder)
+    tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
+    wanted = set(model.state_dict().keys())
+    missing = sorted(wanted - source.tensors.keys() - tied.keys())
+    unexpected = sorted(source.tensors.keys() - wanted)
+    if missing or unexpected:
+        what = f"lacks {missing[0]}" if missing else f"has no place for {unexpected[0]}"
+        raise CheckpointError(f"{folder}: transformers' {type(model).__name__} {what}")
+
+    def read(name: str) -> torch.Tensor:
+        return source.tensor(name if name in source.tensors else tied[name]).float()
+
+    for name, module in model.named_modules():
+        _stream(module, name, read)
+    return [model(input_ids=batch, use_cache=False).logits.float() for batch in batches]
+
+
+def _empty_model(folder: Path) -> Any:
+    import transformers
+    from accelerate import init_empty_weights
+
+    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    with init_empty_weights(include_buffers=False):
+        model = getattr(transformers, config.architectures[0])(config)
+    model.eval().float()
+    mapping = getattr(model.model, "vocabulary_mapping", None)
+    if mapping is not None:
+        _ = mapping.bpe2img
+        mapping.image_tokens = []  # the class hides the logits of image ids; here they are compared too
+    return model
+
+
+def _stream(module: torch.nn.Module, prefix: str, read: Callable[[str], torch.Tensor]) -> None:
+    """Let a module have its own parameters only while it runs."""
+    names = [name for name, _ in module.named_parameters(recurse=False)]
+    if not names:
+        return
+    empty = {name: module._parameters[name] for name in names}
+
+    def fill(*_: Any) -> None:
+        for name in names:
+            module._parameters[name] = torch.nn.Parameter(read(f"{prefix}.{name}"), requires_grad=False)
+
+    def drop(*_: Any) -> None:
+        module._parameters.update(empty)
+
+    module.register_forward_pre_hook(fill)
+    module.register_forward_hook(drop)
+
+
+def check_loading(folder: Path) -> None:
+    """Load the folder with transformers itself. Raises CheckpointError for keys that it misses or does not expect."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    _, info = getattr(transformers, config.architectures[0]).from_pretrained(
+        folder, local_files_only=True, output_loading_info=True
+    )
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info.get(what):
+            raise CheckpointError(f"{folder}: transformers reports {what.replace('_', ' ')}: {sorted(info[what])[:4]}")
+
+
+def compare(
+    checkpoint: Checkpoint,
+    config: Config,
+    folder: Path,
+    kind: str = PARAM,
+    dtype: torch.dtype = torch.float32,
+    tolerance: float = TOLERANCE,
+) -> Verdict:
+    """Run both sides on random and, where the run's store is there, real tokens. kind, dtype: as in `trainer_logits`.
+
+    Raises CheckpointError when a logit differs by more than `tolerance` of the largest one, or is not finite.
+    """
+    length = min(config.model.sequence_length, 128)
+    batches = [random_batch(config.model.vocab_size, length)]
+    real = real_batch(config, checkpoint.state, length)
+    batches += [] if real is None else [real]
+    ours, theirs = trainer_logits(checkpoint, config, batches, kind, dtype), hf_logits(folder, batches)
+    largest = 0.0
+    for a, b in zip(ours, theirs, strict=True):
+        top = float(a.abs().max())
+        relative = float((a - b).abs().max()) / top if top else float(b.abs().max())
+        largest = relative if not relative <= largest else largest  # a NaN stays
+    if not largest <= tolerance:
+        raise CheckpointError(
+            f"the logits of {folder} differ from the trainer's by {largest:.2e} of the largest; "
+            f"at most {tolerance:.0e} is rounding. Nothing was written"
+        )
+    size = sum((folder / file).stat().st_size for file in {entry[0] for entry in HfFolder(folder).tensors.values()})
+    if size <= LOADED_WHOLE:
+        check_loading(folder)
+    tokens = sum(batch.numel() for batch in batches)
+    return Verdict(largest, tokens, ("random",) if real is None else ("random", "real"))
