@@ -1,11 +1,12 @@
 """From the bytes of a picture file to square RGB pixels, with every refusal named.
 
-The file's header is judged before anything is decoded. Decoding is always complete: a truncated file is a reject, never a
-picture with grey rows. Resizing follows Chameleon's released tokenizer: LANCZOS, short side to `size`, centre crop.
+The file's header is judged before anything is decoded. Decoding is always complete: a truncated file is a reject, never
+a picture with grey rows. Resizing follows Chameleon's released tokenizer: LANCZOS, short side to `size`, centre crop.
 """
 
 import io
 import struct
+import warnings
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -16,6 +17,9 @@ FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 """What is opened; PIL's other formats (EPS, PDF, PSD ...) are refused as `unknown_format`."""
 
 Picture: TypeAlias = Image.Image
+
+# `ImageLimits.max_pixels` rejects earlier than PIL warns, and by name.
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 
 class Reject(Exception):
@@ -39,11 +43,14 @@ class ImageLimits:
     """Longest side over shortest side; more would leave little of the picture after the crop."""
 
 
-def open_image(data: bytes, limits: ImageLimits = ImageLimits()) -> Picture:
+DEFAULT_LIMITS = ImageLimits()
+
+
+def open_image(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> Picture:
     """The upright RGB picture in `data`: first frame, EXIF orientation applied, transparency on white, 8 bit.
 
-    `info["frames"]` of the result is the number of frames in the file. Raises Reject with one of: empty_image, unknown_format, too_many_pixels, too_small, extreme_aspect, corrupt_image,
-    unsupported_mode.
+    `info["frames"]` of the result is the number of frames in the file. Raises Reject with one of: empty_image,
+    unknown_format, too_many_pixels, too_small, extreme_aspect, corrupt_image, unsupported_mode.
     """
     if not data:
         raise Reject("empty_image")
@@ -126,7 +133,7 @@ def prepare_image(image: Picture, size: int, mode: str = "crop") -> np.ndarray:
 
 
 def perceptual_hash(pixels: np.ndarray) -> int:
-    """64-bit hash of uint8 [s, s, 3]: signs of the 8 x 8 lowest DCT terms of the 32 x 32 grey picture about their median.
+    """64-bit hash of uint8 [s, s, 3]: the 8 x 8 lowest DCT terms of the grey 32 x 32 picture against their median.
 
     Equal for pictures that differ only by light recompression or resizing; used to keep near copies from being
     retrieved for one another.

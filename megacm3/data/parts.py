@@ -1,16 +1,14 @@
 """Writing a store: one part at a time, then all parts under their final name."""
 
 import hashlib
-import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
 from megacm3.data.sources import Rejected
-from megacm3.data.store import KIND, Store, StoreShape, link_or_copy, part_name
+from megacm3.data.store import KIND, Store, StoreShape, index_bytes, link_or_copy, part_name
 from megacm3.errors import DataError
 from megacm3.files import new_folder, read_json, sha256_file, write_json, write_manifest
 
@@ -26,8 +24,8 @@ META_FIELDS = {
     "height": "int32",
     "images": "int32",
 }
-"""Columns of meta/part-*.parquet. Hashes and size are the first picture's, null for text alone; `image_sha256` is of the
-file's bytes, width and height of the upright picture before it was cropped."""
+"""Columns of meta/part-*.parquet. Hashes and size are the first picture's, null for text alone; `image_sha256` is of
+the file's bytes, width and height of the upright picture before it was cropped."""
 REJECT_FIELDS = {"key": "string", "shard": "string", "row": "int64", "reason": "string", "detail": "string"}
 
 
@@ -40,43 +38,38 @@ def write_table(path: Path, fields: dict[str, str], rows: list[dict[str, Any]]) 
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), path, compression="zstd")
 
 
-def _indexed_dataset() -> ModuleType:
-    # The import warns about Transformer Engine and Apex, which writing files does not need.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from megatron.core.datasets import indexed_dataset
-    return indexed_dataset
-
-
 class PartWriter:
     """Writes `tokens.{bin,idx}`, `meta.parquet`, `rejects.parquet` and `part.json` (written last) into a folder."""
 
     def __init__(self, folder: Path, shape: StoreShape) -> None:
         self._folder = folder
         self._shape = shape
-        self._builder: Any = None
+        self._data: IO[bytes] | None = None
+        self._lengths: list[int] = []
+        self._modes: list[int] = []
+        self._bounds = [0]
         self._meta: list[dict[str, Any]] = []
         self._rejects: list[dict[str, Any]] = []
-        self._sequences = self._tokens = self._longest = self._longest_row = 0
+        self._tokens = self._longest = self._longest_row = 0
 
     def add(self, segments: Iterable[tuple[int, np.ndarray]], meta: dict[str, Any]) -> None:
-        """Append one document; `meta` has values for some of `META_FIELDS`. Raises DataError for a segment out of shape.
+        """Append one document; `meta` has values for some of `META_FIELDS`.
 
-        Ids are checked before they are stored, since a cast to uint16 wraps without a word.
+        Raises DataError for a segment out of shape: a cast to uint16 would wrap too large an id without a word.
         """
         checked = [(kind, np.asarray(tokens)) for kind, tokens in segments]
         for kind, tokens in checked:
             self._shape.check(kind, tokens)
-        if self._builder is None:
-            self._builder = _indexed_dataset().IndexedDatasetBuilder(
-                str(self._folder / "tokens.bin"), dtype=self._shape.dtype.type, multimodal=True
-            )
+        if self._data is None:
+            self._data = open(self._folder / "tokens.bin", "wb")
         lengths = [len(tokens) for _, tokens in checked]
-        self._builder.add_document(np.concatenate([t for _, t in checked]), lengths, [kind for kind, _ in checked])
+        self._data.write(np.concatenate([t for _, t in checked]).astype(self._shape.dtype).tobytes())
+        self._lengths += lengths
+        self._modes += [kind for kind, _ in checked]
+        self._bounds.append(len(self._lengths))
         if sum(lengths) + 2 * len(lengths) > self._longest:
             self._longest, self._longest_row = sum(lengths) + 2 * len(lengths), len(self._meta)
         self._meta.append({name: meta.get(name) for name in META_FIELDS})
-        self._sequences += len(lengths)
         self._tokens += sum(lengths)
 
     def reject(self, rejected: Rejected) -> None:
@@ -85,12 +78,14 @@ class PartWriter:
 
     def finish(self) -> dict[str, Any]:
         """Write what is left to write; gives documents, sequences, tokens, rejects and the files' hashes."""
-        if self._builder is not None:
-            self._builder.finalize(str(self._folder / "tokens.idx"))
+        if self._data is not None:
+            self._data.close()
+            index = index_bytes(self._shape.dtype, self._lengths, self._modes, self._bounds)
+            (self._folder / "tokens.idx").write_bytes(index)
         write_table(self._folder / "meta.parquet", META_FIELDS, self._meta)
         write_table(self._folder / "rejects.parquet", REJECT_FIELDS, self._rejects)
         files = {path.name: _entry(path) for path in sorted(self._folder.iterdir())}
-        counts = {"documents": len(self._meta), "sequences": self._sequences, "tokens": self._tokens}
+        counts = {"documents": len(self._meta), "sequences": len(self._lengths), "tokens": self._tokens}
         counts |= {"longest": self._longest, "longest_row": self._longest_row}
         result = counts | {"rejects": len(self._rejects), "files": files}
         write_json(self._folder / "part.json", result)

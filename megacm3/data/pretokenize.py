@@ -1,8 +1,8 @@
 """Pretokenization: shards of pairs or texts become a token store.
 
-Work is cut into units (one input shard, one part), which datatrove's executors run here, under Slurm or under Ray. What
-is finished lies in `STORE.work`; the store appears under its own name when every unit is done. Any run can be killed and
-started again: finished units are kept, and the store is the same to the byte.
+Work is cut into units (one input shard, one part), which datatrove's executors run here, under Slurm or under Ray.
+What is finished lies in `STORE.work`; the store appears under its own name when every unit is done. Any run can be
+killed and started again: finished units are kept, and the store is the same to the byte.
 """
 
 import logging
@@ -25,11 +25,14 @@ from megacm3.data.sources import Shard, find_shards, identify
 from megacm3.data.store import KIND, Store
 from megacm3.data.units import ShardFault, UnitRunner, UnitSettings, write_fault
 from megacm3.errors import ConfigError, DataError
-from megacm3.files import read_json, read_manifest, sha256_json, write_json
+from megacm3.files import new_file, read_json, read_manifest, sha256_json, write_json
 
 logger = logging.getLogger(__name__)
 # Every unit would log a dozen lines of datatrove's own; faults come back as exceptions and through `failed/`.
 loguru.logger.disable("datatrove")
+
+_SLOW_IMPORTS = ("torch", "diffusers.models.autoencoders.vq_model", "webdataset.tariterators", "pyarrow.parquet")
+"""What a worker needs and takes seconds to import."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,10 @@ class PretokenizeReport:
 
 
 def pretokenize(options: PretokenizeOptions) -> PretokenizeReport:
-    """Run or continue a job. Raises DataError for bad inputs, damaged shards or too many rejects; ConfigError for flags."""
+    """Run or continue a job.
+
+    Raises DataError for bad inputs, damaged shards or too many rejects, ConfigError for flags.
+    """
     started = time.monotonic()
     _check(options)
     work = Path(options.output.rstrip("/") + ".work")
@@ -159,7 +165,8 @@ def _finished(options: PretokenizeOptions, plan: dict[str, Any]) -> bool:
         return False
     old = {"tokenizers": manifest.inputs, "settings": manifest.settings.get("pretokenize", {})}
     raise DataError(
-        f"{output} exists and was made with {_difference(old, plan)}; give another --output, or --overwrite to replace it"
+        f"{output} exists and was made with {_difference(old, plan)}; "
+        f"give another --output, or --overwrite to replace it"
     )
 
 
@@ -249,11 +256,12 @@ def _own_device(device: str) -> str:
 def _progress_file(work: Path, runner: UnitRunner, size: int) -> Iterator[None]:
     # One file a process, rewritten each second: input bytes and documents done by this process.
     path = work / "progress" / f"{os.uname().nodename}-{os.getpid()}"
-    before = [int(n) for n in path.read_text().split()] if path.is_file() else [0, 0]
+    before = _numbers(path)
     done = threading.Event()
 
     def write(bytes_done: int) -> None:
-        path.write_text(f"{before[0] + bytes_done} {before[1] + runner.documents}")
+        with new_file(path) as temporary:
+            temporary.write_text(f"{before[0] + bytes_done} {before[1] + runner.documents}")
 
     def watch() -> None:
         while not done.wait(1.0):
@@ -267,6 +275,10 @@ def _progress_file(work: Path, runner: UnitRunner, size: int) -> Iterator[None]:
         done.set()
         watcher.join()
         write(size)
+
+
+def _numbers(path: Path) -> list[int]:
+    return [int(n) for n in path.read_text().split()] if path.is_file() else [0, 0]
 
 
 def _run(work: Path, plan: dict[str, Any], options: PretokenizeOptions) -> bool:
@@ -283,8 +295,11 @@ def _run(work: Path, plan: dict[str, Any], options: PretokenizeOptions) -> bool:
     if options.executor == "ray":
         _run_ray(step, work, plan, workers)
         return True
+    import multiprocess
     from datatrove.executor.local import LocalPipelineExecutor
 
+    # Workers are forked from a server that imported the slow libraries once.
+    multiprocess.set_forkserver_preload(list(_SLOW_IMPORTS))
     workers = min(workers, len(missing))
     tasks = len(plan["shards"])
     executor = LocalPipelineExecutor([step], tasks=tasks, workers=workers, logging_dir=str(work / "log"))
@@ -345,9 +360,8 @@ def _bar(work: Path, total: int) -> Iterator[None]:
 
     def show() -> None:
         sums = [0, 0]
-        for path in (work / "progress").iterdir():
-            numbers = path.read_text().split()
-            sums = [a + int(b) for a, b in zip(sums, numbers, strict=False)]
+        for path in (work / "progress").glob("*-*"):
+            sums = [a + b for a, b in zip(sums, _numbers(path), strict=True)]
         bar.set_postfix(documents=sums[1], refresh=False)
         bar.update(min(sums[0], total) - bar.n)
 
@@ -397,8 +411,9 @@ def _check_rejects(parts: list[Path], options: PretokenizeOptions) -> None:
         listing = Path(options.output.rstrip("/") + ".rejects.parquet")
         pq.write_table(table, listing)
         raise DataError(
-            f"{rejects} of {rows} rows are rejected ({reasons}), more than --max-reject-rate {options.max_reject_rate}; "
-            f"the list is {listing}. Finished work is kept: a higher limit completes the store at once"
+            f"{rejects} of {rows} rows are rejected ({reasons}), more than --max-reject-rate "
+            f"{options.max_reject_rate}; the list is {listing}. "
+            f"Finished work is kept: a higher limit completes the store at once"
         )
 
 

@@ -1,11 +1,11 @@
 """The token store: what pretokenization leaves and training reads.
 
-    STORE/tokens/part-00000.{bin,idx}     megatron-core's IndexedDataset, multimodal: one document a sample, one sequence
-                                          a segment, mode 0 text (text ids) or 1 image (raw codes); no control tokens
-    STORE/meta/part-00000.parquet         one row a document: key, shard, row, caption, hashes, size
-    STORE/rejects/part-00000.parquet      what was left out, with the reason
-    STORE/dup_cluster.npy                 int64 [documents]: the first document with the same picture (or text)
-    STORE/manifest.json                   sizes of the vocabulary, documents of each part, fingerprints of the tokenizers
+    STORE/tokens/part-00000.{bin,idx}   megatron-core's IndexedDataset, multimodal: one document a sample, one sequence
+                                        a segment, mode 0 text (text ids) or 1 image (raw codes); no control tokens
+    STORE/meta/part-00000.parquet       one row a document: key, shard, row, caption, hashes, size
+    STORE/rejects/part-00000.parquet    what was left out, with the reason
+    STORE/dup_cluster.npy               int64 [documents]: the first document with the same picture (or text)
+    STORE/manifest.json                 sizes of the vocabulary, documents of each part, tokenizers' fingerprints
 
 A document's number (doc_id) counts through the parts in order. A part without documents has no token files.
 """
@@ -70,6 +70,20 @@ class StoreShape:
 def part_name(number: int) -> str:
     """`part-00000`"""
     return f"part-{number:05d}"
+
+
+def index_bytes(dtype: np.dtype, lengths: list[int], modes: list[int], bounds: list[int]) -> bytes:
+    """The content of an `.idx`: tokens and mode of each sequence, and the sequence at which each document begins.
+
+    The format is megatron-core's (header, int32 lengths, int64 byte offsets, int64 document bounds, int8 modes); its
+    builder is not used, since importing it costs every worker seconds and its cast wraps ids that are too large.
+    """
+    code = next(code for code, known in _DTYPES.items() if known == dtype)
+    sizes = np.asarray(lengths, np.int32)
+    starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)[:-1]]) * dtype.itemsize
+    arrays = (sizes, starts.astype(np.int64), np.asarray(bounds, np.int64), np.asarray(modes, np.int8))
+    header = _HEADER.pack(_MAGIC, 1, code, len(lengths), len(bounds))
+    return header + b"".join(array.tobytes() for array in arrays)
 
 
 class Part:
@@ -147,7 +161,10 @@ class Store:
 
     @staticmethod
     def open(folder: str | Path, verify: str = "size") -> "Store":
-        """Open a store; `verify` as in `read_manifest`. Raises DataError when it is missing, damaged or of another kind."""
+        """Open a store; `verify` as in `read_manifest`.
+
+        Raises DataError when it is missing, damaged or of another kind.
+        """
         manifest = read_manifest(folder, KIND, verify=verify)
         try:
             return Store(Path(folder), manifest.settings, manifest.inputs, manifest.fingerprint)
@@ -189,7 +206,7 @@ class Store:
         return part.segment_lengths(row)
 
     def longest(self) -> int:
-        """Number of the document with the most tokens, two control tokens a segment counted; reads the manifest only."""
+        """Number of the document with the most tokens, two control tokens a segment included; manifest only."""
         parts = self.settings["parts"]
         number = max(range(len(parts)), key=lambda n: parts[n]["longest"])
         return int(self._starts[number]) + parts[number]["longest_row"]

@@ -1,9 +1,9 @@
 """The text tokenizer: sentencepiece BPE whose ids are the vocabulary's text ids.
 
-Only `<unk>` (id 0, never produced, since bytes fall back to the 256 byte pieces) is not ordinary text: there are no bos,
-eos or pad pieces, so that no caption can produce a special id. The normaliser is the identity and no space is added or
-removed, so that every Unicode string comes back as it was. One character needs help: sentencepiece spells a space as
-U+2581, therefore a literal U+2581 is escaped before encoding.
+Only `<unk>` (id 0, never produced, since bytes fall back to the 256 byte pieces) is not ordinary text: there are no
+bos, eos or pad pieces, so that no caption can produce a special id. The normaliser is the identity and no space is
+added or removed, so that every Unicode string comes back as it was. One character needs help: sentencepiece spells a
+space as U+2581, therefore a literal U+2581 is escaped before encoding.
 """
 
 import logging
@@ -50,7 +50,10 @@ class TextTokenizer:
 
     @staticmethod
     def load(folder: str | Path) -> "TextTokenizer":
-        """Read a folder made by `train_text_tokenizer`. Raises DataError when it is missing, damaged or of another kind."""
+        """Read a folder made by `train_text_tokenizer`.
+
+        Raises DataError when it is missing, damaged or of another kind.
+        """
         manifest = read_manifest(folder, KIND, verify="sha256")
         try:
             model = (Path(folder) / MODEL).read_bytes()

@@ -1,0 +1,290 @@
+"""Pretokenization: right pairs, the same bytes for any workers and after any kill, named rejects, clear refusals."""
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from megacm3.data.images import open_image, prepare_image
+from megacm3.data.pretokenize import PretokenizeOptions, pretokenize
+from megacm3.data.store import Store, verify_store
+from megacm3.data.units import UnitSettings
+from megacm3.errors import ConfigError, DataError
+from megacm3.files import read_manifest
+from megacm3.tokenizers.image import ImageTokenizer, save_image_tokenizer
+from megacm3.tokenizers.image_config import NetworkConfig
+from megacm3.tokenizers.text import TextTokenizer, train_text_tokenizer
+from megacm3.tokenizers.train_image import build_network
+from tests.unit.data.makers import pairs, picture, write_tar
+
+ROOT = Path(__file__).resolve().parents[3]
+SMALL = NetworkConfig(
+    image_size=32, channels=[8, 8, 16], layers_per_block=1, latent_channels=8, codebook_size=64, code_dim=8,
+    norm_groups=4, middle_attention=False,
+)  # fmt: skip
+
+
+def image_tokenizer(folder, seed):
+    torch.manual_seed(seed)
+    network = build_network(SMALL)
+    torch.nn.init.normal_(network.quantize.embedding.weight)
+    return save_image_tokenizer(network, SMALL.image_size, folder)
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizers")
+    train_text_tokenizer([f"caption number {n}" for n in range(50)], 300, folder / "text")
+    image_tokenizer(folder / "image", 0)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shards")
+    for n in range(4):
+        write_tar(folder / f"s-{n}.tar", pairs(10 * n, 6 + n))
+    return folder
+
+
+def options(tokenizers, inputs, output, **changes):
+    given = {"workers": 1, "threads": 2, "settings": UnitSettings(batch=4)} | changes
+    text, image = str(tokenizers / "text"), str(tokenizers / "image")
+    return PretokenizeOptions((str(inputs),), text, image, str(output), **given)
+
+
+@pytest.fixture(scope="module")
+def reference(tokenizers, shards, tmp_path_factory):
+    output = tmp_path_factory.mktemp("reference") / "store"
+    report = pretokenize(options(tokenizers, shards / "*.tar", output))
+    assert report.documents == 30 and not report.rejects
+    assert os.listdir(output.parent) == ["store"]
+    return output
+
+
+def same(a, b):
+    return (
+        read_manifest(a, "store", verify="sha256").fingerprint == read_manifest(b, "store", verify="sha256").fingerprint
+    )
+
+
+def test_every_caption_keeps_its_picture(tokenizers, reference):
+    text = TextTokenizer.load(tokenizers / "text")
+    image = ImageTokenizer.load(tokenizers / "image")
+    store = Store.open(reference)
+    table = store.metadata().to_pylist()
+    assert len(store) == 30 and verify_store(reference).image_segments == 30
+    for row in table:
+        number = int(row["key"])
+        caption, codes = store.document(row["doc_id"]).segments
+        assert text.decode(caption.tokens) == row["caption"] == f"caption number {number}"
+        pixels = prepare_image(open_image(picture(number)), 32)
+        # One picture alone may differ from a batch in the last bit of a distance, hence in a code now and then.
+        assert (codes.tokens == image.encode(pixels[None].copy()).numpy()[0]).mean() > 0.9
+        assert (row["width"], row["height"], row["images"]) == (64, 64, 1)
+    assert [row["key"] for row in table] == sorted(row["key"] for row in table)
+    assert store.inputs["image_tokenizer"] == image.fingerprint
+
+
+@pytest.mark.parametrize("workers", [2, pytest.param(7, marks=pytest.mark.long)])
+def test_same_bytes_for_any_workers_and_place(tokenizers, shards, reference, tmp_path, workers):
+    moved = tmp_path / "elsewhere"
+    moved.symlink_to(shards)
+    pretokenize(options(tokenizers, moved, tmp_path / "store", workers=workers, threads=workers))
+    assert same(reference, tmp_path / "store")
+
+
+def command(tokenizers, inputs, output, *more):
+    return [
+        sys.executable, str(ROOT / "tools" / "pretokenize.py"), "--input", str(inputs), "--output", str(output),
+        "--text-tokenizer", str(tokenizers / "text"), "--image-tokenizer", str(tokenizers / "image"),
+        "--batch", "4", *more,
+    ]  # fmt: skip
+
+
+def test_killed_at_any_point_and_run_again(tokenizers, shards, reference, tmp_path):
+    output, units = tmp_path / "store", tmp_path / "store.work" / "units"
+    inputs = tmp_path / "in"
+    inputs.mkdir()
+    for path in shards.iterdir():
+        (inputs / path.name).symlink_to(path)
+    process = subprocess.Popen(
+        command(tokenizers, inputs, output, "--workers", "1"), start_new_session=True, stderr=subprocess.PIPE
+    )
+    deadline = time.monotonic() + 120
+    while not (units.is_dir() and any(not p.name.startswith(".") for p in units.iterdir())):
+        assert time.monotonic() < deadline and process.poll() is None, process.stderr.read()
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    if not output.exists():
+        assert units.is_dir()
+    pretokenize(options(tokenizers, inputs, output))
+    assert same(reference, output) and not units.exists()
+
+
+def test_leftovers_and_false_marks_are_not_trusted(tokenizers, shards, reference, tmp_path):
+    output, work = tmp_path / "store", tmp_path / "store.work"
+    with pytest.raises(DataError, match="more than --max-reject-rate"):
+        pretokenize(options(tokenizers, faulty(tmp_path), output))
+    other = tmp_path / "other.work"
+    work.rename(other)
+    # A unit that was marked complete by the executor but whose part is not whole, and a half-written one.
+    (work / "log" / "completions").mkdir(parents=True)
+    (work / "log" / "completions" / "00000").touch()
+    (work / "units" / "00001").mkdir(parents=True)
+    (work / "units" / "00001" / "tokens.bin").write_bytes(b"half")
+    (work / "units" / ".00002.abc").mkdir()
+    pretokenize(options(tokenizers, shards, output))
+    assert same(reference, output) and not work.exists()
+
+
+def faulty(tmp_path):
+    members = pairs(0, 3)
+    members += [("b1.png", b"garbage"), ("b1.txt", b"x"), ("b2.png", picture(1)), ("b2.txt", b"\xff\xfe")]
+    members += [("b3.png", picture(1, size=8)), ("b3.txt", b"tiny"), *pairs(5, 2)]
+    return write_tar(tmp_path / "faulty" / "a.tar", members)
+
+
+def test_rejects_are_named_and_limited(tokenizers, tmp_path):
+    path, output = faulty(tmp_path), tmp_path / "store"
+    with pytest.raises(DataError, match=r"3 of 8 rows are rejected .* more than --max-reject-rate 0\.05"):
+        pretokenize(options(tokenizers, path, output))
+    assert not output.exists()
+    listing = pq.read_table(tmp_path / "store.rejects.parquet").to_pylist()
+    assert {row["key"]: row["reason"] for row in listing} == {
+        "b1": "unknown_format", "b2": "invalid_utf8", "b3": "too_small",
+    }  # fmt: skip
+    report = pretokenize(options(tokenizers, path, output, max_reject_rate=0.5))
+    assert report.documents == 5 and sum(report.rejects.values()) == 3 and report.rejects["too_small"] == 1
+    store = Store.open(output)
+    assert [row["key"] for row in store.metadata(["key"]).to_pylist()] == ["00000", "00001", "00002", "00005", "00006"]
+    assert verify_store(output).rejects == 3
+
+
+def test_one_damaged_shard_does_not_stop_the_others(tokenizers, shards, tmp_path):
+    inputs = tmp_path / "in"
+    inputs.mkdir()
+    for path in shards.iterdir():
+        (inputs / path.name).write_bytes(path.read_bytes())
+    whole = (inputs / "s-1.tar").read_bytes()
+    (inputs / "s-1.tar").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match=r"1 of 4 shards cannot be used: .*s-1\.tar is damaged"):
+        pretokenize(options(tokenizers, inputs, tmp_path / "store"))
+    assert not (tmp_path / "store").exists()
+    assert sorted(p.name for p in (tmp_path / "store.work" / "units").iterdir()) == ["00000", "00002", "00003"]
+    settings = UnitSettings(batch=4, allow_partial=True)
+    with pytest.raises(DataError, match="unfinished work made with allow_partial"):
+        pretokenize(options(tokenizers, inputs, tmp_path / "store", settings=settings))
+    report = pretokenize(
+        options(tokenizers, inputs, tmp_path / "store", settings=settings, overwrite=True, max_reject_rate=0.2)
+    )
+    assert report.rejects["damaged_shard"] == 1 and 23 < report.documents < 30
+
+
+def test_finished_work_is_not_done_again(tokenizers, shards, reference, tmp_path):
+    before = {p: p.stat().st_mtime_ns for p in reference.rglob("*")}
+    report = pretokenize(options(tokenizers, shards, reference))
+    assert report.documents == 30 and report.seconds == 0
+    assert before == {p: p.stat().st_mtime_ns for p in reference.rglob("*")}
+
+
+def test_other_settings_inputs_or_tokenizers_are_refused(tokenizers, shards, reference, tmp_path):
+    with pytest.raises(DataError, match="mode = crop then, pad now"):
+        pretokenize(options(tokenizers, shards, reference, settings=UnitSettings(batch=4, mode="pad")))
+    with pytest.raises(DataError, match="other input files"):
+        pretokenize(options(tokenizers, shards / "s-0.tar", reference))
+    other = tmp_path / "tokenizers"
+    other.mkdir()
+    (other / "text").symlink_to(tokenizers / "text")
+    image_tokenizer(other / "image", 1)
+    with pytest.raises(DataError, match="another image tokenizer"):
+        pretokenize(options(other, shards, reference))
+
+
+def test_overwrite_replaces_a_store_only(tokenizers, shards, tmp_path):
+    output = tmp_path / "store"
+    pretokenize(options(tokenizers, shards / "s-0.tar", output))
+    assert pretokenize(options(tokenizers, shards / "s-1.tar", output, overwrite=True)).documents == 7
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    (photos / "dear.jpg").write_bytes(b"x")
+    with pytest.raises(DataError, match="is no store"):
+        pretokenize(options(tokenizers, shards, photos, overwrite=True))
+    assert (photos / "dear.jpg").exists()
+
+
+def test_text_only_and_interleaved(tokenizers, tmp_path):
+    for n in range(3):
+        (tmp_path / f"{n}.png").write_bytes(picture(n))
+    (tmp_path / "a.jsonl").write_text('{"text": "only text"}\n{"texts": ["one", null], "images": [null, "0.png"]}\n')
+    (tmp_path / "b.jsonl").write_text('{"text": "a <image> b <image><image>", "images": ["0.png", "1.png", "2.png"]}\n')
+    pretokenize(options(tokenizers, tmp_path / "*.jsonl", tmp_path / "store", settings=UnitSettings(batch=2)))
+    store = Store.open(tmp_path / "store")
+    kinds = [[kind for kind, _ in store.segment_lengths(n)] for n in range(3)]
+    assert kinds == [[0], [0, 1], [0, 1, 0, 1, 1]]
+    assert store.metadata(["images"])["images"].to_pylist() == [0, 1, 3]
+    one, again = store.document(1).segments[1].tokens, store.document(2).segments[1].tokens
+    assert (one == again).mean() > 0.9
+
+
+def test_full_disk_is_a_clear_error(tokenizers, tmp_path):
+    # A file size limit stands in for a full disk: the kernel refuses the write in the same way.
+    inputs = write_tar(tmp_path / "in" / "a.tar", pairs(0, 6))
+    code = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); sys.argv = sys.argv[1:];"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500)); import runpy;"
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *command(tokenizers, inputs, tmp_path / "store", "--workers", "1")[1:]],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 3, done.stderr
+    assert "Traceback" not in done.stderr and "error: " in done.stderr and not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"executor": "spark"}, "--executor spark"),
+        ({"max_reject_rate": 2.0}, "--max-reject-rate"),
+        ({"settings": UnitSettings(mode="stretch")}, "--mode stretch"),
+        ({"workers": -1}, "--workers"),
+        ({"executor": "slurm"}, "partition"),
+        ({"device": "cuda:7"}, "no GPU is visible"),
+    ],
+)
+def test_bad_flags(tokenizers, shards, tmp_path, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        pretokenize(options(tokenizers, shards, tmp_path / "store", **changes))
+    assert not (tmp_path / "store").exists()
+
+
+def test_bad_folders(tokenizers, shards, tmp_path):
+    with pytest.raises(DataError, match="matches no file"):
+        pretokenize(options(tokenizers, tmp_path / "*.tar", tmp_path / "store"))
+    with pytest.raises(DataError, match="is of kind 'image_tokenizer'; expected 'text_tokenizer'"):
+        wrong = PretokenizeOptions(
+            (str(shards),), str(tokenizers / "image"), str(tokenizers / "image"), str(tmp_path / "s")
+        )
+        pretokenize(wrong)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_alpha_is_on_white_in_the_store(tokenizers, tmp_path):
+    buffer = io.BytesIO()
+    Image.new("RGBA", (32, 32), (0, 0, 0, 0)).save(buffer, "PNG")
+    write_tar(tmp_path / "a.tar", [("0.png", buffer.getvalue()), ("0.txt", b"nothing")])
+    pretokenize(options(tokenizers, tmp_path / "a.tar", tmp_path / "store"))
+    white = ImageTokenizer.load(tokenizers / "image").encode(np.full((1, 32, 32, 3), 255, np.uint8))
+    assert Store.open(tmp_path / "store").document(0).segments[1].tokens.tolist() == white[0].tolist()
