@@ -13,9 +13,8 @@ import torch
 
 from megacm3.checkpoint.boxes import Box, row_width, whole
 from megacm3.checkpoint.commit import discover
+from megacm3.checkpoint.pieces import Piece, index_of, manifest_settings
 from megacm3.checkpoint.reader import KIND, Checkpoint, key_of
-from megacm3.checkpoint.state import Piece
-from megacm3.checkpoint.store import index_of, manifest_settings
 from megacm3.checkpoint.tensors import CHUNK, Entry, in_file_order, write_tensors
 from megacm3.config import Config, check, merge
 from megacm3.errors import CheckpointError

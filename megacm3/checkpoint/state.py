@@ -11,27 +11,13 @@ from typing import Any
 
 import torch
 
-from megacm3.checkpoint.boxes import Box, boxes_of_range, row_width
+from megacm3.checkpoint.boxes import boxes_of_range, row_width
+from megacm3.checkpoint.pieces import MASTER, PARAM, Piece
 from megacm3.checkpoint.reader import Checkpoint
 from megacm3.errors import CheckpointError, ConfigError
 from megacm3.parallel.context import ParallelContext
 from megacm3.parallel.engine import Engine
 from megacm3.parallel.parts import Part, parts_of
-
-PARAM, MASTER = "param", "master"
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A box of a logical tensor, with its values."""
-
-    kind: str
-    """param, master (fp32 copy of a bf16 parameter), or the optimizer's name for a moment: exp_avg, exp_avg_sq."""
-    name: str
-    global_shape: tuple[int, ...]
-    box: Box
-    tensor: torch.Tensor
-    """Of the box's shape; a view of the engine's memory."""
 
 
 @dataclass(frozen=True)

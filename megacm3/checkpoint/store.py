@@ -11,11 +11,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megacm3.checkpoint.boxes import Box, whole
 from megacm3.checkpoint.commit import abandon, begin, clear_leftovers, commit, discover, temporary_folder
+from megacm3.checkpoint.pieces import Piece, index_of, manifest_settings
 from megacm3.checkpoint.reader import Checkpoint, key_of
-from megacm3.checkpoint.state import Piece, collect, expected_tensors, fill, optimizer_step, settle
-from megacm3.checkpoint.tensors import CODES, Entry, file_bytes, in_file_order, write_tensors
+from megacm3.checkpoint.state import collect, expected_tensors, fill, optimizer_step, settle
+from megacm3.checkpoint.tensors import Entry, file_bytes, in_file_order, write_tensors
 from megacm3.errors import CheckpointError, Megacm3Error
 from megacm3.faults import strike
 from megacm3.files import sha256_file
@@ -211,51 +211,3 @@ class Saver:
 
 def _entries(pieces: list[Piece]) -> list[Entry]:
     return in_file_order(Entry(key_of(p.kind, p.name, p.box), p.tensor.dtype, p.box.shape) for p in pieces)
-
-
-def index_of(pieces: list[Piece], step: int) -> dict[str, Any]:
-    """What a rank's file holds: kinds with dtypes, tensors with shapes, boxes by kind and tensor."""
-    boxes: dict[str, dict[str, list[str]]] = {}
-    for piece in pieces:
-        boxes.setdefault(piece.kind, {}).setdefault(piece.name, []).append(str(piece.box))
-    return {
-        "optimizer_step": step,
-        "kinds": {piece.kind: CODES[piece.tensor.dtype] for piece in pieces},
-        "tensors": {piece.name: list(piece.global_shape) for piece in pieces},
-        "boxes": boxes,
-    }
-
-
-def manifest_settings(
-    *,
-    step: int,
-    optimizer_step: int,
-    layout: dict[str, Any],
-    config: dict[str, Any],
-    state: dict[str, Any],
-    parts: list[dict[str, Any]],
-) -> dict[str, Any]:
-    """The `settings` of a checkpoint's manifest. parts: {"file", "kinds", "tensors", "boxes"} of each file.
-
-    Raises CheckpointError when the files together do not cover every tensor, of every kind, exactly once.
-    """
-    kinds = {kind: code for part in parts for kind, code in part["kinds"].items()}
-    tensors = {name: shape for part in parts for name, shape in part["tensors"].items()}
-    found = dict.fromkeys(((kind, name) for kind in kinds for name in tensors), 0)
-    for part in parts:
-        for kind, names in part["boxes"].items():
-            for name, boxes in names.items():
-                found[kind, name] += sum(Box.parse(text).numel for text in boxes)
-    for (kind, name), count in found.items():
-        if count != whole(tuple(tensors[name])).numel:
-            raise CheckpointError(f"{kind} of {name}: {count} elements were written; expected a tensor {tensors[name]}")
-    return {
-        "step": step,
-        "optimizer_step": optimizer_step,
-        "layout": layout,
-        "kinds": kinds,
-        "tensors": dict(sorted(tensors.items())),
-        "boxes": {part["file"]: part["boxes"] for part in parts},
-        "config": config,
-        "state": state,
-    }

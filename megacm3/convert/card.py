@@ -26,8 +26,8 @@ transformers' `{hf_class}`.
 - Tokenizers: {tokenizers}
 
 Text ids and image codes share one vocabulary; `megacm3.json` has the table, `text_tokenizer/` and `image_tokenizer/`
-turn text and pictures into ids and back. The licence of the data and any safety filtering are those of the run; this card
-states nothing that the run did not record.
+turn text and pictures into ids and back. The licence of the data and any safety filtering are those of the run: this
+card states nothing that the run did not record.
 
 ## Training configuration
 

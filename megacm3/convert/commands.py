@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megacm3.checkpoint.boxes import whole
+from megacm3.checkpoint.pieces import PARAM
 from megacm3.checkpoint.reader import Checkpoint
 from megacm3.checkpoint.reshard import config_of, find_step, reshard
-from megacm3.checkpoint.state import PARAM
 from megacm3.convert.from_hf import from_hf
 from megacm3.convert.to_hf import Export, to_hf
 from megacm3.convert.verify import Verdict, compare

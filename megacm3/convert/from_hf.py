@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from megacm3.checkpoint.boxes import Box, whole
+from megacm3.checkpoint.pieces import PARAM
 from megacm3.checkpoint.reshard import config_of, row_chunks, write_checkpoint
-from megacm3.checkpoint.state import PARAM
 from megacm3.checkpoint.tensors import CODES, Entry, in_file_order, write_tensors
 from megacm3.config import Config, ModelConfig
 from megacm3.convert.configs import SIDECAR, from_hf_config

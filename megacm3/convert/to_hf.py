@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from megacm3.checkpoint.boxes import Box, whole
+from megacm3.checkpoint.pieces import MASTER, PARAM
 from megacm3.checkpoint.reader import Checkpoint
 from megacm3.checkpoint.reshard import config_of, find_step, row_chunks
-from megacm3.checkpoint.state import MASTER, PARAM
 from megacm3.checkpoint.tensors import CODES, Entry, OpenFiles, read_header, write_tensors
 from megacm3.config import Config
 from megacm3.convert.card import model_card

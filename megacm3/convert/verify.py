@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 
 from megacm3.checkpoint.boxes import Box
+from megacm3.checkpoint.pieces import PARAM
 from megacm3.checkpoint.reader import Checkpoint
-from megacm3.checkpoint.state import PARAM
 from megacm3.config import Config
 from megacm3.convert.folder import HfFolder
 from megacm3.errors import CheckpointError, Megacm3Error
@@ -159,6 +159,7 @@ def _empty_model(folder: Path) -> Any:
     import transformers
     from accelerate import init_empty_weights
 
+    transformers.utils.logging.disable_progress_bar()
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     with init_empty_weights(include_buffers=False):
         model = getattr(transformers, config.architectures[0])(config)
