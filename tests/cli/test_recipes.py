@@ -1,0 +1,130 @@
+"""The shell recipes, run: one machine under the deepspeed launcher, and Slurm's script over a local stand-in for srun."""
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.helpers.stores import make_store
+
+ROOT = Path(__file__).resolve().parents[2]
+SRUN = """#!/usr/bin/env bash
+# Starts the tasks of a step on this machine, and passes signals on, as srun does.
+shift # --wait=60
+for ((task = 0; task < SLURM_NTASKS; task++)); do
+  SLURM_PROCID=$task SLURM_LOCALID=$task "$@" &
+  tasks+=($!)
+done
+trap 'kill -TERM "${tasks[@]}"' TERM
+highest=0
+for task in "${tasks[@]}"; do
+  while true; do
+    code=0
+    wait "$task" || code=$?
+    kill -0 "$task" 2>/dev/null || break
+  done
+  ((code > highest)) && highest=$code
+done
+exit "$highest"
+"""
+SCONTROL = """#!/usr/bin/env bash
+if [[ "$1" == show ]]; then echo 127.0.0.1; else echo "$@" >>"$SCONTROL_LOG"; fi
+"""
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A config of seconds over a small store."""
+    folder = tmp_path_factory.mktemp("recipes")
+    store = make_store(folder / "store", documents=64, text_size=256, codebook_size=128, image_tokens=16)
+    path = folder / "config.yaml"
+    path.write_text(
+        f"""
+model: {{preset: tiny_cm3leon, vocab_size: 512, sequence_length: 96}}
+deepspeed: {ROOT}/ds_configs/zero1.json
+data: {{mixture: [{{store: {store}}}], packing: whole}}
+train: {{steps: 100000, micro_batch: 2, global_batch: 4, dtype: fp32, device: cpu}}
+checkpoint: {{every: 0}}
+log: {{every: 1, tensorboard: false}}
+""",
+        encoding="utf-8",
+    )
+    return path
+
+
+def environment(**more: str) -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **more}
+
+
+def stop_after_the_first_step(process: subprocess.Popen[str], out: Path) -> str:
+    """SIGTERM to the script once training runs; returns all that it printed."""
+    while not (out / "metrics.jsonl").exists() and process.poll() is None:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    printed, _ = process.communicate(timeout=120)
+    return printed
+
+
+def last_step(out: Path) -> int:
+    steps = [path.parent.name for path in (out / "checkpoints").glob("step_*/manifest.json")]
+    return max(int(name.removeprefix("step_")) for name in steps)
+
+
+@pytest.mark.long
+def test_one_machine_a_signal_and_the_same_command_again(config: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    command = ["bash", str(ROOT / "examples" / "pretrain.sh"), str(config), f"train.out={out}"]
+    with subprocess.Popen(
+        command, env=environment(RANKS="2"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        printed = stop_after_the_first_step(process, out)
+    assert process.returncode == 75, printed
+    reached = last_step(out)
+    again = subprocess.run(
+        [*command, f"train.stop_at={reached + 2}", "checkpoint.resume=required"],
+        env=environment(RANKS="2"),
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert again.returncode == 0, again.stderr
+    assert last_step(out) == reached + 2
+
+
+def test_one_machine_a_config_error_is_not_tried_again(config: Path) -> None:
+    command = ["bash", str(ROOT / "examples" / "pretrain.sh"), str(config), "train.stepz=3"]
+    done = subprocess.run(command, env=environment(RANKS="2"), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert "train.stepz" in done.stderr and "start 2" not in done.stderr
+
+
+@pytest.mark.long
+def test_slurm_a_signal_puts_the_job_back_into_the_queue(config: Path, tmp_path: Path) -> None:
+    programs, out, log = tmp_path / "bin", tmp_path / "run", tmp_path / "scontrol.txt"
+    programs.mkdir()
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755)
+    slurm = {"SLURM_JOB_ID": "12345", "SLURM_JOB_NODELIST": "here", "SLURM_NTASKS": "2", "SLURM_SUBMIT_DIR": str(ROOT)}
+    script = ROOT / "examples" / "pretrain.sbatch"
+    with subprocess.Popen(
+        ["bash", str(script), str(config), f"train.out={out}"],
+        env=environment(PATH=f"{programs}:{os.environ['PATH']}", SCONTROL_LOG=str(log), **slurm),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        while not (out / "metrics.jsonl").exists() and process.poll() is None:
+            time.sleep(0.2)
+        # Slurm signals the job's steps, not its script.
+        for step in psutil.Process(process.pid).children():
+            step.terminate()
+        printed, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, printed
+    assert log.read_text() == "requeue 12345\n"
+    assert last_step(out) >= 1
