@@ -1,4 +1,4 @@
-"""The shell recipes, run: one machine under the deepspeed launcher, and Slurm's script over a local stand-in for srun."""
+"""The shell recipes, run: one machine under the deepspeed launcher, and Slurm's script with a stand-in for srun."""
 
 import os
 import signal
