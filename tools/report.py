@@ -1,4 +1,4 @@
-"""Write a report of one page: of a training run (--train), or of the quickstart's whole folder (--run)."""
+"""Show what a whole run made: report.html, samples.png and the fidelity figure, in the run's folder."""
 
 import argparse
 import sys
@@ -7,16 +7,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megacm3.command import run
-from megacm3.errors import ConfigError
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
-    add("--train", metavar="DIR", help="a trainer's `out`: writes DIR/report.html with its curves")
-    add("--run", metavar="DIR", help="a folder like runs/quickstart: writes report.html, samples.png, fidelity.json")
-    add("--input", nargs="+", metavar="GLOB", help="with --run: the training pictures")
-    add("--heldout", nargs="+", default=[], metavar="GLOB", help="with --run: the pictures kept out of training")
+    add("--run", required=True, metavar="DIR", help="a folder like runs/quickstart, with hf/ and train/ at least")
+    add("--input", required=True, nargs="+", metavar="GLOB", help="the training pictures")
+    add("--heldout", nargs="+", default=[], metavar="GLOB", help="the pictures kept out of training")
     add("--count", type=int, default=32, help="captions of the fidelity figure (default %(default)s)")
     add("--seed", type=int, default=0, help="of captions and samples (default %(default)s)")
     add("--guidance", type=float, default=3.0, help="classifier-free guidance scale (default %(default)s)")
@@ -30,17 +28,10 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Parse, write, say where it is."""
     given = _parser().parse_args(arguments)
-    if (given.train is None) == (given.run is None):
-        raise ConfigError("expected either --train DIR or --run DIR")
-    if given.run and not given.input:
-        raise ConfigError("--run needs the training pictures; expected --input GLOB")
 
     from megacm3.evaluation.fidelity import Settings
-    from megacm3.evaluation.report import Places, quickstart_report, train_report
+    from megacm3.evaluation.report import Places, quickstart_report
 
-    if given.train:
-        print(train_report(Path(given.train)))
-        return 0
     settings = Settings(given.count, given.seed, given.guidance, given.temperature, given.top_p, given.top_k)
     found = quickstart_report(Places(Path(given.run), given.input, given.heldout, settings), given.device)
     print(

@@ -37,7 +37,10 @@ def read_gallery(inputs: str | Sequence[str], size: int, limit: int | None = Non
 
     Rows that cannot be used are left out with a warning. Raises DataError when nothing is left.
     """
-    keys, captions, pixels, refused = [], [], [], 0
+    keys: list[str] = []
+    captions: list[str] = []
+    pixels: list[np.ndarray] = []
+    refused = 0
     for shard in find_shards(inputs if isinstance(inputs, str) else list(inputs)):
         for row in read_shard(shard):
             if limit is not None and len(keys) >= limit:
@@ -100,7 +103,8 @@ def sheet(pixels: Sequence[np.ndarray], labels: Sequence[str] = (), columns: int
 
 
 def _wrap(label: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: int) -> str:
-    lines, rest = [], label.split()
+    lines: list[str] = []
+    rest = label.split()
     while rest and len(lines) < 2:
         count = len(rest)
         while count > 1 and font.getlength(" ".join(rest[:count])) > width:

@@ -1,4 +1,4 @@
-"""Reports of one page: of a training run (curves), and of the quickstart (curves, pictures, captions, neighbours)."""
+"""The quickstart's report of one page: pictures, captions, reconstructions, neighbours, curves, timings."""
 
 import logging
 from collections.abc import Sequence
@@ -38,14 +38,6 @@ class Places:
     """Of the pictures kept out of training."""
     settings: Settings = field(default_factory=Settings)
     """Of the fidelity figure; its sampling holds for all pictures."""
-
-
-def train_report(out: Path) -> Path:
-    """`report.html` in a training run's folder: its curves. Raises DataError when it has no metrics."""
-    metrics = charts.read_lines(out / "metrics.jsonl")
-    page = render(f"Training run {out.name}", f"{metrics[-1]['step']} steps", _loss_cards(metrics), [_curves(metrics)])
-    _write_text(out / "report.html", page)
-    return out / "report.html"
 
 
 def quickstart_report(places: Places, device: str = "cpu") -> Fidelity:

@@ -72,7 +72,7 @@ class Generator:
         self.vocabulary = Vocabulary.from_json(sidecar["vocabulary"])
         self.source: dict[str, Any] = sidecar.get("source", {})
         """Fingerprints of what the model was made from, by role."""
-        self.image_size: int = sidecar["image_size"]
+        self._image_size: int = sidecar["image_size"]
         self.grid: tuple[int, int] = (sidecar["grid"][0], sidecar["grid"][1])
         self.context = min(decoder.architecture.positions, sidecar["sequence_length"])
         rows = decoder.architecture.vocab_size
@@ -100,6 +100,11 @@ class Generator:
             raise CheckpointError(f"{folder / SIDECAR} lacks {', '.join(missing)}; use convert_checkpoint.py")
         return Generator(folder, decoder, sidecar, device)
 
+    @property
+    def image_size(self) -> int:
+        """Side of a picture in pixels. Raises DataError when neither the export nor an image tokenizer says it."""
+        return self._image_size or self.image_tokenizer.image_size
+
     @cached_property
     def text_tokenizer(self) -> TextTokenizer:
         """Raises DataError when the folder has none, or one of another size."""
@@ -116,7 +121,8 @@ class Generator:
         folder = self._tokenizer_folder("image_tokenizer", "read or make pictures")
         tokenizer = ImageTokenizer.load(folder, self._device)
         found = (tokenizer.image_size, tokenizer.grid, tokenizer.codebook_size)
-        expected = (self.image_size, self.grid, self.vocabulary.codebook_size)
+        # A folder exported without tokenizers says 0 pixels; the grid and the codebook bind what is put there later.
+        expected = (self._image_size or tokenizer.image_size, self.grid, self.vocabulary.codebook_size)
         if found != expected:
             raise DataError(f"{folder} has (pixels, grid, codebook) {found}; the model expects {expected}")
         return tokenizer

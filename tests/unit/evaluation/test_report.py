@@ -13,7 +13,7 @@ from megacm3.evaluation import charts
 from megacm3.evaluation.fidelity import Settings
 from megacm3.evaluation.page import Figure, Section, render
 from megacm3.evaluation.pictures import png_bytes
-from megacm3.evaluation.report import Places, quickstart_report, train_report
+from megacm3.evaluation.report import Places, quickstart_report
 from tests.helpers.tools import run_tool
 
 
@@ -72,16 +72,18 @@ def test_quickstart_report_holds_all_its_parts(run):
         assert sheet.width > 800 and "megacm3" in sheet.text["source"]
 
 
-def test_the_page_of_a_training_run(tmp_path):
-    out = train_report(metrics(tmp_path / "out"))
-    page = out.read_text()
-    assert out.name == "report.html" and needs_nothing_from_the_network(page) and page.count("<svg") == 4
-    assert "image tokens" in page and "30 steps" in page
+def test_a_run_without_metrics_is_refused(run, tmp_path):
+    (tmp_path / "hf").symlink_to(run / "hf")
+    with pytest.raises(DataError, match=r"metrics\.jsonl does not exist"):
+        quickstart_report(Places(tmp_path, [str(run / "train.tar")]))
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
-def test_equal_inputs_give_an_equal_page(tmp_path):
-    first, second = (train_report(metrics(tmp_path / name / "out")).read_bytes() for name in "ab")
-    assert first == second
+def test_equal_metrics_give_an_equal_chart(tmp_path):
+    lines = charts.read_lines(metrics(tmp_path) / "metrics.jsonl")
+    first, second = charts.loss_chart(lines), charts.loss_chart(lines)
+    assert first == second and first.startswith("<svg") and "image tokens" in first
+    assert len(charts.small_charts(lines)) == 3 and charts.small_charts([{"step": 1}]) == []
 
 
 def test_metrics_lines(tmp_path):
@@ -117,9 +119,6 @@ def test_a_page_of_nothing_and_of_hostile_text():
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        ([], 2, "either --train DIR or --run DIR"),
-        (["--run", "{run}"], 2, "--input GLOB"),
-        (["--train", "{run}/nowhere"], 3, "metrics.jsonl does not exist"),
         (["--run", "{run}/nowhere", "--input", "{run}/train.tar"], 4, "does not exist"),
         (["--run", "{run}", "--input", "{run}/none*.tar"], 3, "matches no file"),
         (["--run", "{run}", "--input", "{run}/train.tar", "--count", "99"], 2, "--count 99: found 20"),

@@ -241,6 +241,8 @@ def test_folders_that_do_not_fit(hf_folder, tmp_path):
     (other / "megacm3.json").write_text(json.dumps(sidecar | {"image_size": 64}))
     with pytest.raises(DataError, match="the model expects"):
         Generator.load(other).images(["a cat"])
+    (other / "megacm3.json").write_text(json.dumps(sidecar | {"image_size": 0}))  # exported without tokenizers
+    assert Generator.load(other).image_size == 32
     (other / "megacm3.json").write_text(json.dumps(sidecar | {"grid": [5, 5]}))
     with pytest.raises(CheckpointError, match="grid is"):
         Generator.load(other)
