@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from megacm3.config import Config, total_steps
 from megacm3.data.documents import ANSWER, Layout
@@ -13,9 +13,6 @@ from megacm3.data.stream import PROBES, SamplerLike, Source, Stream, StreamSetti
 from megacm3.errors import ConfigError, DataError
 from megacm3.files import read_manifest
 from megacm3.tokenizers.vocabulary import Vocabulary
-
-if TYPE_CHECKING:
-    from megacm3.retrieval.neighbours import NeighbourTable
 
 logger = logging.getLogger(__name__)
 
@@ -108,8 +105,8 @@ def _model_vocabulary(config: Config, store: Store) -> Vocabulary:
     if special < needed:
         raise ConfigError(
             f"model.vocab_size = {model.vocab_size} leaves {special} special ids beside the {shape.text_size} text ids "
-            f"and {shape.codebook_size} image codes of {store.folder}; objective.sentinels = {sentinels} needs {needed}: "
-            f"model.vocab_size of at least {model.vocab_size - special + needed}"
+            f"and {shape.codebook_size} image codes of {store.folder}; objective.sentinels = {sentinels} needs "
+            f"{needed}: model.vocab_size of at least {model.vocab_size - special + needed}"
         )
     return Vocabulary.cm3leon(shape.text_size, shape.codebook_size, special, sentinels, shape.image_tokens)
 
@@ -153,29 +150,16 @@ def _check_longest(stores: list[Store], settings: StreamSettings, vocabulary: Vo
             )
 
 
-def open_neighbours(folder: str, store: Store) -> "NeighbourTable":
-    """The neighbour lists of `store`. Raises DataError when they are missing, damaged, or of another store."""
-    # Here and below: only runs that retrieve load the retrieval room and faiss with it.
-    from megacm3.retrieval.neighbours import NeighbourTable
-
-    table = NeighbourTable.open(folder)
-    if table.inputs.get("store") != store.fingerprint:
-        raise DataError(
-            f"{folder} holds neighbours in the store {str(table.inputs.get('store'))[:12]}; "
-            f"expected {store.fingerprint[:12]}, that of {store.folder}: run tools/find_neighbours.py for it"
-        )
-    return table
-
-
 def _sampler(config: Config, folder: str, store: Store) -> tuple[SamplerLike | None, dict[str, Any] | None]:
     retrieval = config.retrieval
     if not folder or retrieval.mode == "none" or retrieval.documents[0] == 1:
         return None, None
-    from megacm3.retrieval.sampler import RetrievalSampler
+    # Only a run that retrieves loads the retrieval room, and faiss with it.
+    from megacm3.retrieval.sampler import open_sampler
 
-    table = open_neighbours(folder, store)
-    sampler = RetrievalSampler(table, table.metadata, retrieval.documents, retrieval.max_score, retrieval.mode)
-    return sampler, {"neighbours": table.fingerprint} | dataclasses.asdict(retrieval)
+    shares, most = retrieval.documents, retrieval.max_score
+    sampler = open_sampler(folder, store.fingerprint, len(store), shares, most, retrieval.mode)
+    return sampler, {"neighbours": sampler.table.fingerprint} | dataclasses.asdict(retrieval)
 
 
 def _with_stages(config: Config, sources: list[Source], vocabulary: Vocabulary, settings: StreamSettings) -> Stream:
@@ -236,7 +220,7 @@ def _report(stream: Stream) -> None:
     documents = sum(stream.mixture.sizes)
     for stage in stream.stages:
         logger.info(
-            "data: %d documents in %d stores; from sequence %d on, %d sequences from every %d samples (%s)",
+            "data: %d documents, %d store(s); from sequence %d on %d sequences from every %d samples (%s)",
             documents,
             len(stream.sources),
             stage.first_sequence,

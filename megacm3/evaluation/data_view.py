@@ -1,7 +1,7 @@
 """A page to look at a token store: pictures, captions, sequences as the model sees them, neighbours, statistics."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ _STYLE = Markup("""<style>
 .tokens .t { background: #dff1e3; border-radius: 4px; padding: 2px 4px; white-space: pre-wrap; }
 .tokens .i { display: inline-block; vertical-align: middle; background: #dce9fb; border-radius: 4px; padding: 2px 4px; }
 .tokens .i img { height: 44px; image-rendering: pixelated; display: block; }
-.tokens .m { border-radius: 6px; padding: 2px 0; }
+.tokens .m { display: inline-block; border-radius: 6px; padding: 1px 0; line-height: 1.6; }
 .m0 { box-shadow: 0 0 0 3px #f2b53b; } .m1 { box-shadow: 0 0 0 3px #d1495b; } .m2 { box-shadow: 0 0 0 3px #7b5cc4; }
 .m3 { box-shadow: 0 0 0 3px #2e9c8f; } .m4 { box-shadow: 0 0 0 3px #8a8f98; }
 </style>""")
@@ -47,6 +47,7 @@ class Decoders:
     """A `TextTokenizer`."""
     image: Any = None
     """An `ImageTokenizer`."""
+    _decoded: dict[bytes, np.ndarray] = field(default_factory=dict)
 
     def caption(self, ids: np.ndarray) -> str:
         """The text of text ids."""
@@ -54,7 +55,12 @@ class Decoders:
 
     def picture(self, codes: np.ndarray) -> np.ndarray | None:
         """uint8 [s, s, 3] of a whole picture's codes, or None without an image tokenizer."""
-        return None if self.image is None else self.image.decode(codes[None])[0].numpy()
+        if self.image is None:
+            return None
+        key = codes.tobytes()
+        if key not in self._decoded:
+            self._decoded[key] = self.image.decode(codes[None])[0].numpy()
+        return self._decoded[key]
 
 
 def view_store(
@@ -97,8 +103,8 @@ def _config(store: Store, path: str | None, overrides: Sequence[str], neighbours
     settings = {
         "model.family": vocabulary.family,
         "model.vocab_size": vocabulary.size,
-        # Room for three retrieved documents and a few spans.
-        "model.sequence_length": (4 if neighbours else 1) * own + 16,
+        # Room for three retrieved documents, or as many samples, and a few spans.
+        "model.sequence_length": 4 * own + 16,
         "objective.kind": "cm3" if cm3leon else "causal",
         "objective.sentinels": max(1, vocabulary.sentinels),
         "data.packing": "whole",
@@ -214,36 +220,44 @@ def _units(stream: Stream, sequence: PackedSequence) -> list[np.ndarray]:
 
 
 def _both(tokens: np.ndarray, decoders: Decoders) -> list[Markup]:
+    """A unit as assembled, with frames around its masked spans, and as rearranged where it has spans."""
     vocabulary = decoders.vocabulary
     try:
         source, spans = cm3.split_tail(tokens, vocabulary)
     except ConfigError:
         # A block may end in the middle of a sample that was rearranged on its own.
-        return [_html(tokens, decoders)]
+        return [_html(tokens, np.arange(len(tokens)), tokens, decoders)]
     if not spans:
-        return [_html(tokens, decoders)]
+        return [_html(tokens, np.arange(len(tokens)), tokens, decoders)]
     first = vocabulary.sentinel(0)
     marks = np.flatnonzero((source >= first) & (source < first + len(spans)))
+    pieces = [piece[1:] if i else piece for i, piece in enumerate(np.split(source, marks))]
+    # Pieces and spans in turn make the assembled sequence; places says where each of them lies in it.
+    joined = [part for pair in zip(pieces, [*spans, source[:0]], strict=True) for part in pair]
+    whole = np.concatenate(joined)
+    places = np.split(np.arange(len(whole)), np.cumsum([len(part) for part in joined])[:-1])
     assembled = Markup("")
-    for i, piece in enumerate(np.split(source, marks)):
-        if i:
-            assembled += Markup('<span class="m m{}">{}</span>').format((i - 1) % 5, _html(spans[i - 1], decoders))
-        assembled += _html(piece[1:] if i else piece, decoders)
-    return [assembled, _html(tokens, decoders)]
+    for i, (part, place) in enumerate(zip(joined, places, strict=True)):
+        inner = _html(part, place, whole, decoders)
+        assembled += Markup('<span class="m m{}">{}</span>').format(i // 2 % 5, inner) if i % 2 and len(part) else inner
+    none = np.array([-1])
+    front = [array for place in places[0::2] for array in (none, place)][1:]
+    tail = [array for place in places[1::2][:-1] for array in (none, place, none)]
+    return [assembled, _html(tokens, np.concatenate([*front, *tail]), whole, decoders)]
 
 
-def _html(tokens: np.ndarray, decoders: Decoders) -> Markup:
-    """Tokens as coloured runs: text, pictures, control tokens."""
+def _html(tokens: np.ndarray, places: np.ndarray, whole: np.ndarray, decoders: Decoders) -> Markup:
+    """Tokens as coloured runs of text, pictures and control tokens; places int64: where each stands in `whole`."""
     vocabulary = decoders.vocabulary
     kinds = vocabulary.kind[tokens]
     control = cm3.is_control(vocabulary)[tokens]
     starts = np.flatnonzero((kinds[1:] != kinds[:-1]) | control[1:]) + 1
     out = Markup("")
-    for run in np.split(tokens, starts) if len(tokens) else []:
+    for run, place in zip(np.split(tokens, starts), np.split(places, starts), strict=True) if len(tokens) else []:
         if cm3.is_control(vocabulary)[run[0]]:
             out += _badge(int(run[0]), vocabulary)
         elif vocabulary.is_image(run[:1])[0]:
-            out += _picture(run, decoders)
+            out += _picture(place, whole, decoders)
         else:
             out += Markup('<span class="t">{}</span>').format(decoders.caption(run))
     return out
@@ -257,14 +271,24 @@ def _badge(token: int, vocabulary: Vocabulary) -> Markup:
     return Markup("<b>{}</b>").format(name)
 
 
-def _picture(run: np.ndarray, decoders: Decoders) -> Markup:
-    codes = decoders.vocabulary.codes(run)
-    whole = len(codes) == decoders.vocabulary.image_tokens
-    picture = decoders.picture(codes) if whole else None
+def _picture(place: np.ndarray, whole: np.ndarray, decoders: Decoders) -> Markup:
+    """The picture that the codes at `place` of `whole` belong to, the rest of it pale; a number where it is cut."""
+    size, vocabulary = decoders.vocabulary.image_tokens, decoders.vocabulary
+    is_image = vocabulary.is_image(whole)
+    begin, end = int(place[0]), int(place[-1]) + 1
+    while begin > 0 and is_image[begin - 1]:
+        begin -= 1
+    while end < len(whole) and is_image[end]:
+        end += 1
+    label = Markup('<span class="i">{} of {} codes</span>').format(len(place), size)
+    picture = decoders.picture(vocabulary.codes(whole[begin:end])) if end - begin == size else None
     if picture is None:
-        label = f"{len(codes)} of {decoders.vocabulary.image_tokens} codes"
-        return Markup('<span class="i">{}</span>').format(label)
-    return Markup('<span class="i"><img alt="picture" src="{}"></span>').format(Figure(picture).source)
+        return label
+    rows, columns = decoders.image.grid
+    shown = np.isin(np.arange(begin, end), place).reshape(rows, columns)
+    pixels = np.kron(shown, np.ones((picture.shape[0] // rows, picture.shape[1] // columns), bool))[..., None]
+    picture = np.where(pixels, picture, 255 - (255 - picture.astype(np.int64)) // 5).astype(np.uint8)
+    return Markup('<span class="i"><img alt="{} codes" src="{}"></span>').format(len(place), Figure(picture).source)
 
 
 def _statistics_section(stream: Stream, stored: StoreStatistics, streamed: StreamStatistics) -> Section:

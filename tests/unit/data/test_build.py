@@ -9,7 +9,7 @@ import pytest
 from megacm3.config import Config, load_config
 from megacm3.data.build import build_stream
 from megacm3.data.documents import IMAGE, TEXT
-from megacm3.data.parts import PartWriter, assemble
+from megacm3.data.parts import PartWriter, assemble, write_store
 from megacm3.data.store import Store, StoreShape
 from megacm3.errors import ConfigError, DataError
 from megacm3.tokenizers.vocabulary import Vocabulary
@@ -19,16 +19,9 @@ Segments = Sequence[tuple[int, np.ndarray]]
 
 
 def make_store(folder: Path, documents: Sequence[Segments], shape: StoreShape = SHAPE, **inputs: str) -> Store:
-    parts = []
-    for number, chosen in enumerate((documents[: len(documents) // 2], documents[len(documents) // 2 :])):
-        part = folder.with_name(f"{folder.name}.part{number}")
-        part.mkdir()
-        writer = PartWriter(part, shape)
-        for row, segments in enumerate(chosen):
-            writer.add(segments, {"key": f"{number}-{row}"})
-        writer.finish()
-        parts.append(part)
-    return assemble(folder, parts, shape, {"text_tokenizer": "t" * 64, "image_tokenizer": "i" * 64} | inputs)
+    rows = ((list(segments), {"key": str(row)}) for row, segments in enumerate(documents))
+    made_by = {"text_tokenizer": "t" * 64, "image_tokenizer": "i" * 64} | inputs
+    return write_store(folder, rows, shape, made_by, documents_per_part=max(1, len(documents) // 2))
 
 
 def pairs(count: int, shape: StoreShape = SHAPE, longest: int = 8) -> list[Segments]:
