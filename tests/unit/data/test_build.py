@@ -181,3 +181,52 @@ def test_caps_on_up_and_downsampling(folder: Path) -> None:
     # Asked for a half; three times its part of the documents, against the half of the other.
     natural = 3 * 6 / 66
     assert abs((stores == 1).mean() - natural / (natural + 0.5)) < 0.01
+
+
+def make_neighbours(root: Path, store: Path, count: int) -> Path:
+    """Neighbours of a store of `count` pairs by random vectors: build_memory_bank and find_neighbours for real."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from megacm3.retrieval.build_bank import BankOptions, build_bank
+    from megacm3.retrieval.find_neighbours import NeighbourOptions, find_neighbours
+
+    rng = np.random.default_rng(0)
+    for name in ("img_emb", "text_emb", "metadata"):
+        (root / "vectors" / name).mkdir(parents=True)
+    for name in ("img_emb", "text_emb"):
+        vectors = rng.normal(size=(count, 16)).astype(np.float32)
+        np.save(root / "vectors" / name / "0.npy", vectors / np.linalg.norm(vectors, axis=1, keepdims=True))
+    pq.write_table(pa.table({"key": [str(i) for i in range(count)]}), root / "vectors" / "metadata" / "0.parquet")
+    build_bank(BankOptions(str(store), f"precomputed:{root / 'vectors'}", str(root / "bank"), workers=1))
+    options = NeighbourOptions(
+        str(root / "bank"), str(root / "neighbours"), keep=8, search=16, text_variants=1, query_dropout=0.0, workers=1
+    )
+    find_neighbours(options)
+    return root / "neighbours"
+
+
+def test_retrieved_documents_stand_before_each_sample(folder: Path, tmp_path: Path) -> None:
+    # Captions of their own: documents of one caption are never retrieved for one another.
+    rows = (([*p], {"key": str(i), "caption": f"caption {i}", "images": 1}) for i, p in enumerate(pairs(60)))
+    write_store(tmp_path / "store", rows, SHAPE, {})
+    neighbours = make_neighbours(tmp_path, tmp_path / "store", 60)
+    mixture = f"data.mixture=[{{store: {tmp_path / 'store'}, neighbours: {neighbours}}}]"
+    long = "model.sequence_length=160"
+    stream = build_stream(config("", mixture, long))
+    for n in range(20):
+        for drawn in stream.drawn(n):
+            assert len(drawn.documents) == 4 == len(set(drawn.documents))
+    tokens = stream.sequence(0).tokens
+    assert stream.vocabulary.is_image(tokens).sum() >= 4 * 16
+    shares = build_stream(config("", mixture, long, "retrieval.documents=[0.5, 0, 0.5, 0]"))
+    assert shares.fingerprint != stream.fingerprint
+    counts = {len(drawn.documents) - 1 for n in range(30) for drawn in shares.drawn(n)}
+    assert counts == {0, 2}
+    for off in ("retrieval.mode=none", "retrieval.documents=[1, 0, 0, 0]"):
+        plain = build_stream(config("", mixture, long, off))
+        assert all(len(drawn.documents) == 1 for n in range(9) for drawn in plain.drawn(n))
+    assert len(build_stream(config("", mixture, long, "retrieval.mode=random")).drawn(0)[0].documents) == 4
+    other = f"data.mixture=[{{store: {folder / 'store'}, neighbours: {neighbours}}}]"
+    with pytest.raises(DataError, match="neighbours of store"):
+        build_stream(config("", other, long))
