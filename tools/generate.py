@@ -37,6 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--store", metavar="STORE", help="the bank's store (default: the folder `store` beside the bank)")
     add("--encoder", metavar="DIR", help="the bank's encoder (default: the bank's own copy)")
     add("--best", type=int, metavar="B", help="show only the best B of the N samples by the bank's CLIP")
+    add("--int8", action="store_true", help="8-bit weights: faster on a CPU, slightly less exact")
     add("--device", default="cpu", help="cpu, cuda or cuda:N (default %(default)s)")
     return parser
 
@@ -57,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     from megacm3.inference.api import Generator
 
-    generator = Generator.load(given.model, given.device)
+    generator = Generator.load(given.model, given.device, int8=given.int8)
     if given.output:
         _pictures(generator, given)
     else:

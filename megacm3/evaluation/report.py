@@ -204,7 +204,7 @@ def _neighbours(generator: "Generator", run: Path, gallery: Gallery) -> Section:
         "What the memory bank returns for three training documents, by their picture and by their text, with the inner "
         "product of the vectors. Training draws from such lists the documents that stand in front of a sample."
     )
-    return Section("Retrieved neighbours", text, groups)
+    return Section("Retrieved neighbours", text, groups, side=104)
 
 
 def _timings(lines: Sequence[dict]) -> tuple[Section, float]:

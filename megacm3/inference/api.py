@@ -84,15 +84,17 @@ class Generator:
         self.grammar = Grammar(self.vocabulary, rows, decoder.device)
 
     @staticmethod
-    def load(folder: str | Path, device: str = "cpu", dtype: torch.dtype | None = None) -> "Generator":
-        """Read an exported folder; `dtype` None means fp32 on CPU, bf16 on CUDA.
+    def load(
+        folder: str | Path, device: str = "cpu", dtype: torch.dtype | None = None, int8: bool = False
+    ) -> "Generator":
+        """Read an exported folder; `dtype` None means fp32 on CPU, bf16 on CUDA; `int8`: 8-bit matrices (CPU).
 
         Raises CheckpointError for a folder that is missing or damaged, ConfigError for a device that is not there.
         """
         folder = Path(folder)
         if dtype is None:
             dtype = torch.float32 if device.startswith("cpu") else torch.bfloat16
-        decoder = Decoder.load(folder, device, dtype)
+        decoder = Decoder.load(folder, device, dtype, int8)
         sidecar = read_json(folder / SIDECAR, error=CheckpointError)
         keys = ("vocabulary", "image_size", "grid", "sequence_length")
         missing = [key for key in keys if not isinstance(sidecar, dict) or key not in sidecar]

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from megacm3.inference.linear import Int8Weight, linear
 from megacm3.inference.weights import Architecture, Layer, Weights, read_folder
 from megacm3.tokenizers.image import torch_device
 
@@ -50,9 +51,18 @@ class Decoder:
         self._rotary = _rotary_table(architecture, self.device) if architecture.rope_theta is not None else None
 
     @staticmethod
-    def load(folder: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> "Decoder":
-        """Read an exported folder. Raises CheckpointError (folder) or ConfigError (device)."""
-        return Decoder(*read_folder(folder, torch_device(device), dtype))
+    def load(
+        folder: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32, int8: bool = False
+    ) -> "Decoder":
+        """Read an exported folder; `int8` rounds the blocks' matrices (not embedding and head).
+
+        Raises CheckpointError (folder) or ConfigError (device).
+        """
+        architecture, weights = read_folder(folder, torch_device(device), dtype)
+        for layer in weights.layers if int8 else ():
+            for name in ("qkv", "out", "up", "down"):
+                setattr(layer, name, Int8Weight(getattr(layer, name)))
+        return Decoder(architecture, weights)
 
     def cache(self, rows: int, slots: int) -> Cache:
         """An empty cache for `rows` sequences of at most `slots` positions."""
@@ -113,18 +123,18 @@ class Decoder:
         return F.rms_norm(x, (a.hidden_size,), weight, a.norm_eps)
 
     def _feed_forward(self, x: torch.Tensor, layer: Layer) -> torch.Tensor:
-        up = F.linear(x, layer.up)
+        up = linear(x, layer.up)
         if self.architecture.activation == "swiglu":
             gate, up = up.chunk(2, dim=-1)
-            return F.linear(F.silu(gate) * up, layer.down)
-        return F.linear(F.relu(up) if self.architecture.activation == "relu" else F.gelu(up), layer.down)
+            return linear(F.silu(gate) * up, layer.down)
+        return linear(F.relu(up) if self.architecture.activation == "relu" else F.gelu(up), layer.down)
 
     def _attend(
         self, x: torch.Tensor, layer: Layer, index: int, plan: "_Plan", rotary: torch.Tensor | None
     ) -> torch.Tensor:
         a = self.architecture
         rows, width, _ = x.shape
-        heads = F.linear(x, layer.qkv).view(rows, width, a.heads + 2 * a.kv_heads, a.head_dim)
+        heads = linear(x, layer.qkv).view(rows, width, a.heads + 2 * a.kv_heads, a.head_dim)
         q, k, v = heads.split([a.heads, a.kv_heads, a.kv_heads], dim=2)
         q, k = self._head_norm(q, layer.q_norm), self._head_norm(k, layer.k_norm)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
@@ -134,7 +144,7 @@ class Decoder:
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=plan.mask, is_causal=plan.causal, enable_gqa=a.heads != a.kv_heads
         )
-        return F.linear(out.transpose(1, 2).reshape(rows, width, -1), layer.out)
+        return linear(out.transpose(1, 2).reshape(rows, width, -1), layer.out)
 
     def _head_norm(self, x: torch.Tensor, parameters: tuple[torch.Tensor, torch.Tensor | None] | None) -> torch.Tensor:
         if parameters is None:

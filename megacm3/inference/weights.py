@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from megacm3.errors import CheckpointError
 from megacm3.files import read_json
+from megacm3.inference.linear import Weight
 
 SHARD_NAME = re.compile(r"[A-Za-z0-9._-]+\.safetensors")
 
@@ -48,13 +49,13 @@ class Architecture:
 class Layer:
     """One block's tensors; A query heads, K key/value heads, d head size, H hidden, F feed-forward."""
 
-    qkv: torch.Tensor
+    qkv: Weight
     """[(A + 2K) d, H]"""
-    out: torch.Tensor
+    out: Weight
     """[H, A d]"""
-    up: torch.Tensor
+    up: Weight
     """[F, H], or [2F, H] with the gate's rows first."""
-    down: torch.Tensor
+    down: Weight
     """[H, F]"""
     attn_norm: torch.Tensor | None
     mlp_norm: torch.Tensor | None
