@@ -81,6 +81,8 @@ class ImageTokenizer:
             raise DataError(
                 f"pictures are {pixels.dtype} {list(pixels.shape)}; expected torch.uint8 [n, {size}, {size}, 3]"
             )
+        if len(pixels) == 0:
+            return torch.zeros((0, self.grid[0] * self.grid[1]), dtype=torch.int64)
         with full_precision():
             latents = self._network.encode(to_unit(pixels.to(self._device))).latents
             codes = nearest_codes(latents, self._network.quantize.embedding.weight)
@@ -123,7 +125,7 @@ def nearest_codes(latents: "torch.Tensor", codebook: "torch.Tensor") -> "torch.T
     flat = latents.permute(0, 2, 3, 1).reshape(-1, d)
     rows = max(1, _DISTANCES // len(codebook))
     blocks = [torch.cdist(flat[i : i + rows], codebook).argmin(1) for i in range(0, len(flat), rows)]
-    return torch.cat(blocks).reshape(n, h, w) if blocks else flat.new_zeros((n, h, w), dtype=torch.int64)
+    return torch.cat(blocks).reshape(n, h, w)
 
 
 def load_network(folder: str | Path) -> "VQModel":

@@ -155,6 +155,10 @@ def _check(config: ImageTokenizerConfig) -> None:
         raise ConfigError("train.steps and train.batch must be at least 1, train.lr above 0")
     if len(train.betas) != 2:
         raise ConfigError(f"train.betas = {train.betas}; expected two numbers")
+    if loss.adversarial > 0 and network.image_size < 32:
+        raise ConfigError(
+            f"loss.adversarial needs pictures of 32 pixels or more; network.image_size = {network.image_size}"
+        )
     if loss.perceptual > 0 and not loss.perceptual_path:
         raise ConfigError("loss.perceptual > 0 needs loss.perceptual_path, a local folder or file of weights")
     if loss.perceptual_path and not Path(loss.perceptual_path).exists():

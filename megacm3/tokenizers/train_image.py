@@ -24,7 +24,7 @@ from diffusers import VQModel
 from torch import Tensor, nn
 
 from megacm3.command import seed_from
-from megacm3.errors import DataError, Diverged, Stopped
+from megacm3.errors import ConfigError, DataError, Diverged, Stopped
 from megacm3.files import new_file
 from megacm3.tokenizers.image import ImageTokenizer, save_image_tokenizer, to_unit, torch_device
 from megacm3.tokenizers.image_config import ImageTokenizerConfig, NetworkConfig, QuantizerConfig
@@ -84,7 +84,7 @@ class Trainer:
         self.rank = int(os.environ.get("RANK", 0))
         train = config.train
         if train.batch % self.world:
-            raise DataError(f"train.batch = {train.batch} is not divisible by {self.world} ranks")
+            raise ConfigError(f"train.batch = {train.batch} is not divisible by {self.world} ranks")
         own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if train.device == "cuda" else train.device
         self.device = torch_device(own)
         if train.threads:
