@@ -1,8 +1,8 @@
 """Weights of taming-transformers (VQ and Gumbel) and of Chameleon's `vqgan.ckpt` as a `diffusers.VQModel`.
 
-The networks are the same but for names, the order of the decoder's levels and the shape of 1x1 convolutions in attention.
-The Gumbel quantizer chooses codes by the largest logit of a 1x1 convolution and decodes them through another table; both
-are expressed exactly by one nearest-neighbour table, so that the result is a plain VQModel too.
+The networks are the same but for names, the order of the decoder's levels and the shape of 1x1 convolutions in
+attention. The Gumbel quantizer chooses codes by the largest logit of a 1x1 convolution and decodes them through another
+table; both are expressed exactly by one nearest-neighbour table, so that the result is a plain VQModel too.
 """
 
 import re
@@ -97,7 +97,7 @@ def read_weights(path: str | Path, *, allow_pickle: bool = False) -> dict[str, T
 
 
 def to_vqmodel(state: dict[str, Tensor], config: NetworkConfig) -> VQModel:
-    """A VQModel with these weights; its codes are the original's. Raises DataError for names or shapes that do not fit."""
+    """A VQModel with these weights and the original's codes. Raises DataError for names or shapes that do not fit."""
     state = {name: value.float() for name, value in state.items() if _belongs(name)}
     gumbel = "quantize.proj.weight" in state
     if gumbel:

@@ -20,8 +20,8 @@ from megacm3.tokenizers.image_config import NetworkConfig
 from megacm3.tokenizers.train_image import build_network
 
 TINY = NetworkConfig(
-    image_size=16, channels=[8, 8, 8], layers_per_block=1, latent_channels=8, codebook_size=32, code_dim=4, norm_groups=4,
-    middle_attention=False,
+    image_size=16, channels=[8, 8, 8], layers_per_block=1, latent_channels=8, codebook_size=32, code_dim=4,
+    norm_groups=4, middle_attention=False,
 )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Image tokenizer training: it learns, continues exactly, keeps its codes alive, and its extra losses do what they say."""
+"""Image tokenizer training: it learns, continues exactly, keeps its codes alive; its extra losses do as they say."""
 
 import json
 
