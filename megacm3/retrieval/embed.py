@@ -63,13 +63,12 @@ class EmbedParts:
         encoder = Encoder.load(self.encoder, self.device)
         image = np.zeros((len(rows), encoder.dim), np.float32)
         text = np.zeros((len(rows), encoder.dim), np.float32)
-        filled = 0
-        for batch in _batched(read_documents(store, self.inputs, rows), self.batch):
+        partial = bool(store.settings.get("pretokenize", {}).get("allow_partial"))
+        documents = read_documents(self.inputs, rows, partial)
+        for batch in _batched(documents, self.batch):
             places = [place for place, _ in batch]
             image[places] = encoder.encode_images([picture for _, picture in batch], self.batch)
             text[places] = encoder.encode_texts([rows[place]["caption"] for place in places], self.batch)
-            filled += len(batch)
-        assert filled == len(rows)
         return image, text
 
 
@@ -85,18 +84,20 @@ def wanted_rows(store: Store, part: int) -> list[dict[str, Any]]:
     return [row for row in documents if row["images"] and row["caption"]]
 
 
-def read_documents(store: Store, inputs: tuple[str, ...], rows: list[dict[str, Any]]) -> Iterator[tuple[int, Picture]]:
+def read_documents(
+    inputs: tuple[str, ...], rows: list[dict[str, Any]], allow_partial: bool = False
+) -> Iterator[tuple[int, Picture]]:
     """(index into `rows`, first picture) of each of the given documents, from the original input.
 
-    Raises DataError when the input is not what the store was made from: a shard or a document is missing, a picture or
-    a caption is another one.
+    rows: dicts with shard, key, row, caption, image_sha256, as stores and banks have them. allow_partial: as when the
+    store was made. Raises DataError when the input is not what they were made from: a shard or a document is missing, a
+    picture or a caption is another one.
     """
     places = {(row["shard"], row["key"], row["row"]): n for n, row in enumerate(rows)}
     needed = list(dict.fromkeys(row["shard"] for row in rows))
-    partial = bool(store.settings.get("pretokenize", {}).get("allow_partial"))
     found = 0
     for shard in _shards(inputs, needed):
-        for item in read_shard(shard, ReadOptions(allow_partial=partial)):
+        for item in read_shard(shard, ReadOptions(allow_partial=allow_partial)):
             place = places.get((item.shard, item.key, item.row))
             if place is None or not isinstance(item, Sample):
                 continue
@@ -104,7 +105,8 @@ def read_documents(store: Store, inputs: tuple[str, ...], rows: list[dict[str, A
             found += 1
     if found < len(rows):
         raise DataError(
-            f"--input has {found} of the {len(rows)} documents of a part of {store.folder}; give what it was made from"
+            f"--input has {found} of the {len(rows)} documents that were looked for in {len(needed)} shards; "
+            "give what the store was made from"
         )
 
 
