@@ -106,6 +106,7 @@ def _common(tree: dict[str, Any]) -> dict[str, Any]:
         "heads": tree["num_attention_heads"],
         "sequence_length": tree["max_position_embeddings"],
         "dropout": 0.0,
+        "init_std": tree.get("init_std", tree.get("initializer_range", 0.02)),
     }
 
 

@@ -172,8 +172,8 @@ def _write_configs(export: Export, folder: Path) -> None:
     original = (export.checkpoint.state.get("hf") or {}).get("config", {})
     if export.kind == "chameleon":
         tree |= _chameleon_fields(export, original)
-    if original.get("model_type") == export.kind:  # an import keeps what our config does not say
-        tree = original | {key: value for key, value in tree.items() if value is not None or key not in original}
+    # Weights that were imported and not trained since keep their folder's own words.
+    tree |= {key: value for key, value in original.items() if key != "dtype"}
     write_json(folder / "config.json", tree)
     write_json(
         folder / "generation_config.json", {name: i for name, i in ids.items() if i is not None} | {"do_sample": True}

@@ -81,6 +81,9 @@ class Vocabulary:
             found = {"<eoss>": "<eoss>", "<break>": "<racm3:break>", "<end-of-turn>": "<reserved08706>"}
             special = [(name, names.get(name, i)) for name, i in special]
             special += [(ours, names[theirs]) for ours, theirs in found.items() if theirs in names]
+            # transformers' converter renames a free slot to the placeholder for pictures.
+            image = names.get("<image>", names.get("<reserved08707>"))
+            special += [("<image>", image)] if image is not None else []
         text_size = size - codebook_size - len(special)
         return Vocabulary("chameleon", size, text_size, codebook_size, image_tokens, tuple(special), 0, table)
 
