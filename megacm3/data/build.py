@@ -9,7 +9,8 @@ from megacm3.config import Config, total_steps
 from megacm3.data.documents import ANSWER, Layout
 from megacm3.data.mixture import Mixture, Stage, capped_weights, limit_epochs
 from megacm3.data.store import Store
-from megacm3.data.stream import PROBES, SamplerLike, Source, Stream, StreamSettings
+from megacm3.data.stream import Stream
+from megacm3.data.windows import PROBES, SamplerLike, Source, StreamSettings
 from megacm3.errors import ConfigError, DataError
 from megacm3.files import read_manifest
 from megacm3.tokenizers.vocabulary import Vocabulary

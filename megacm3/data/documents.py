@@ -1,6 +1,7 @@
 """Documents as typed segments, and how they become one sample of token ids.
 
-Layouts (T text ids, I the codes of one picture, B `<break>`), sources in the README:
+Layouts (T text ids, I the codes of one picture, B `<break>`); sources: CM3Leon's figure 9 and 2.1, with `</s>` at both
+ends as its released data code has it; Chameleon's released ids and its fine-tuning section:
 
     cm3leon     </s> (T B I B) x K  T B I </s>      one B between text and picture, two pictures, and two documents;
                                                     nothing between two texts of one document

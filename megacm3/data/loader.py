@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from megacm3.data.stream import COUNTERS, Stream
+from megacm3.data.stream import Stream
+from megacm3.data.windows import COUNTERS
 from megacm3.errors import CheckpointError, ConfigError, DataError, Megacm3Error
 
 IGNORED = -100
@@ -31,7 +32,7 @@ class Step:
     samples_sha256: str
     """Of the sample numbers of the whole global batch: the same on all ranks, whatever their number."""
     counts: dict[str, int]
-    """`stream.COUNTERS` summed over the whole global batch."""
+    """`windows.COUNTERS` summed over the whole global batch."""
 
 
 class _Arrays(NamedTuple):

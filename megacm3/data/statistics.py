@@ -7,7 +7,8 @@ import numpy as np
 
 from megacm3.command import seed_from
 from megacm3.data.documents import IMAGE
-from megacm3.data.stream import StoreLike, Stream, add_counts
+from megacm3.data.stream import Stream
+from megacm3.data.windows import StoreLike, add_counts
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class StreamStatistics:
 
     sequences: int
     counts: dict[str, int]
-    """`stream.COUNTERS`, summed."""
+    """`windows.COUNTERS`, summed."""
     shares: dict[str, float]
     """padding: of all positions. cut, left_out: of the tokens that the samples had before. text, image, special: of the
     real tokens."""

@@ -9,8 +9,9 @@ import torch
 from megacm3.data.documents import IMAGE, TEXT, Document, Segment
 from megacm3.data.loader import IGNORED, Loader, Step, check_resume
 from megacm3.data.mixture import Mixture, Stage
-from megacm3.data.stream import COUNTERS, Source, Stream, StreamSettings, add_counts
+from megacm3.data.stream import Stream
 from megacm3.data.synthetic import MemoryStore, RandomNeighbours
+from megacm3.data.windows import COUNTERS, Source, StreamSettings, add_counts
 from megacm3.errors import CheckpointError, ConfigError, DataError
 from megacm3.tokenizers.vocabulary import Vocabulary
 

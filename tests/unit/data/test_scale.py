@@ -12,8 +12,9 @@ from megacm3.config import load_config
 from megacm3.data.build import build_stream
 from megacm3.data.mixture import Mixture, Stage
 from megacm3.data.store import part_name
-from megacm3.data.stream import Source, Stream, StreamSettings
+from megacm3.data.stream import Stream
 from megacm3.data.synthetic import RandomNeighbours, SyntheticStore
+from megacm3.data.windows import Source, StreamSettings
 from megacm3.files import write_manifest
 from megacm3.tokenizers.vocabulary import Vocabulary
 

@@ -5,8 +5,9 @@ import numpy as np
 from megacm3.data.documents import IMAGE, TEXT, Segment
 from megacm3.data.mixture import Mixture, Stage
 from megacm3.data.statistics import store_statistics, stream_statistics
-from megacm3.data.stream import Source, Stream, StreamSettings
+from megacm3.data.stream import Stream
 from megacm3.data.synthetic import MemoryStore, RandomNeighbours
+from megacm3.data.windows import Source, StreamSettings
 from megacm3.tokenizers.vocabulary import Vocabulary
 
 VOCABULARY = Vocabulary.cm3leon(text_size=300, codebook_size=64, special_size=72, sentinels=64, image_tokens=16)

@@ -9,8 +9,9 @@ import pytest
 from megacm3.data import cm3
 from megacm3.data.documents import IMAGE, TEXT, Layout, Segment, rotate, unconditional_prompt
 from megacm3.data.mixture import Mixture, Stage
-from megacm3.data.stream import COUNTERS, PackedSequence, Source, Stream, StreamSettings, add_counts, default_window
+from megacm3.data.stream import PackedSequence, Stream
 from megacm3.data.synthetic import MemoryStore, RandomNeighbours
+from megacm3.data.windows import COUNTERS, Source, StreamSettings, add_counts, default_window
 from megacm3.errors import DataError
 from megacm3.tokenizers.vocabulary import Vocabulary
 
@@ -213,6 +214,17 @@ def test_long_retrieved_document_is_skipped_and_the_others_stay() -> None:
     mixture = Short([4], [Stage(0, (1.0,))], seed=0)
     source = Stream([Source("store", store, InOrder())], mixture, VOCABULARY, settings)
     assert all(drawn.documents == (0, 2, 3) and drawn.left_out == 1 for drawn in source.drawn(0))
+
+
+def test_spans_without_room_are_counted() -> None:
+    # A pair of 24 tokens in sequences of 26: no room for three more tokens a span.
+    rng = np.random.default_rng(0)
+    store = MemoryStore([(Segment(TEXT, rng.integers(0, 300, 5)), Segment(IMAGE, rng.integers(0, 64, 16)))] * 50)
+    tight = stream(store, sequence_length=25)
+    total = add_counts(tight.counts(n) for n in window_of(tight))
+    assert total["spans"] == 0 and 0.7 < total["unplaced_spans"] / total["samples"] < 1.3
+    wide = stream(store, sequence_length=60)
+    assert add_counts(wide.counts(n) for n in window_of(wide))["unplaced_spans"] == 0
 
 
 def test_document_mask_keeps_samples_apart() -> None:
