@@ -1,5 +1,6 @@
 """Losses of image tokenizer training beyond pixels: feature distance and a patch discriminator."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -112,8 +113,13 @@ def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
     return 0.5 * (F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean())
 
 
-def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor) -> Tensor:
-    """|gradient of the reconstruction| / |gradient of the adversarial loss| at the decoder's last weight, 0..1e4."""
+def adaptive_weight(
+    reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor, mean: Callable[[Tensor], Tensor] = lambda g: g
+) -> Tensor:
+    """|gradient of the reconstruction| / |gradient of the adversarial loss| at the decoder's last weight, 0..1e4.
+
+    `mean` averages a gradient over the ranks, so that the weight is that of the whole batch.
+    """
     (ours,) = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)
     (theirs,) = torch.autograd.grad(adversarial, last_layer, retain_graph=True)
-    return (ours.norm() / (theirs.norm() + 1e-4)).clamp(0, 1e4).detach()
+    return (mean(ours).norm() / (mean(theirs).norm() + 1e-4)).clamp(0, 1e4).detach()

@@ -157,8 +157,8 @@ class Trainer:
         adversarial = self.discriminator is not None and self.step >= loss.adversarial_start
         if adversarial:
             fooled = -self.discriminator(y).mean()
-            weight = adaptive_weight(pixels, fooled, self.network.decoder.conv_out.weight)
-            total = total + loss.adversarial * self._mean(weight) * fooled
+            weight = adaptive_weight(pixels, fooled, self.network.decoder.conv_out.weight, self._mean)
+            total = total + loss.adversarial * weight * fooled
             figures["adversarial"] = fooled
         if not torch.isfinite(total):
             raise Diverged(f"step {self.step}: the loss is {float(total)}; lower train.lr")
