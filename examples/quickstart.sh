@@ -30,16 +30,17 @@ mkdir -p "$output"
 
 # Two ranks on the CPU, whatever else this machine has; the steps of one process use all cores.
 export DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES="" TOKENIZERS_PARALLELISM=false
+export PYTHONWARNINGS="ignore:Transformer Engine and Apex are not installed:UserWarning,ignore::FutureWarning"
 cores="$(python -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')"
 
 train="examples/data/train-*.tar"
 heldout="examples/data/heldout-*.tar"
 config=examples/configs/quickstart.yaml
-steps=1600
+steps=1600 # train.steps of the config
 tokenizer_overrides=() retriever_flags=() report_flags=() train_overrides=()
 if [[ "$budget" == small ]]; then
   steps=10
-  tokenizer_overrides=(train.steps=20)
+  tokenizer_overrides=(train.steps=10 train.seconds=10 quantizer.start=2)
   retriever_flags=(--steps 10)
   report_flags=(--count 2)
   train_overrides=(optimizer.schedule.warmup=2 log.every=2)
@@ -55,26 +56,24 @@ fi
 
 number=0
 total=12
-step() { # NAME PRODUCT COMMAND...: run, say how long it took, and note the time where the step did its work
-  local name="$1" product="$2" before after started seconds
+step() { # NAME PRODUCT COMMAND...: run, say how long it took, and note the time where the step made its product
+  local name="$1" product="$output/$2" was_there=no started seconds shown
   shift 2
   number=$((number + 1))
-  printf '\n[%2d/%d] %s\n' "$number" "$total" "$name"
-  printf '        %s\n' "$*"
-  before=no && [[ -e "$output/$product" ]] && before=yes
-  started=$EPOCHREALTIME
+  shown="$*"
+  if [[ "$1" == launch ]]; then shown="deepspeed --num_gpus $2 --module megacm3.train ${*:3}"; fi
+  printf '\n[%2d/%d] %s\n        %s\n' "$number" "$total" "$name" "$shown"
+  if [[ -e "$product" ]]; then was_there=yes; fi
+  started="$(date +%s)"
   "$@"
-  seconds="$(awk "BEGIN { printf \"%.1f\", ${EPOCHREALTIME/,/.} - ${started/,/.} }")"
-  after=yes && [[ -e "$output/$product" ]] || after=no
-  [[ "$after" == yes ]] || { echo "error: $name left no $output/$product" >&2 && exit 1; }
-  printf '[%2d/%d] %s: %s s%s\n' "$number" "$total" "$name" "$seconds" "$([[ $before == yes ]] && echo ' (was there already)')"
-  if [[ "$before" == no ]]; then
-    printf '{"step": "%s", "seconds": %s}\n' "$name" "$seconds" >>"$output/timings.jsonl"
+  seconds=$(($(date +%s) - started))
+  if [[ ! -e "$product" ]]; then echo "error: $name left no $product" >&2 && exit 1; fi
+  if [[ "$was_there" == yes ]]; then
+    printf '[%2d/%d] %s: was there already\n' "$number" "$total" "$name"
+  else
+    printf '[%2d/%d] %s: %d s\n' "$number" "$total" "$name" "$seconds"
+    printf '{"step": "%s", "seconds": %d}\n' "$name" "$seconds" >>"$output/timings.jsonl"
   fi
-}
-
-train_ranks() { # OVERRIDES...: the trainer on two ranks
-  OMP_NUM_THREADS=$((cores > 1 ? cores / 2 : 1)) launch 2 "$config" "${train_overrides[@]}" "$@"
 }
 
 step "text tokenizer" text_tokenizer/manifest.json \
@@ -96,9 +95,9 @@ step "memory bank" bank/manifest.json \
 step "neighbours" neighbours/manifest.json \
   python tools/find_neighbours.py --bank "$output/bank" --encoder "$output/encoder" --output "$output/neighbours"
 step "training, first part" "train/checkpoints/step_$(printf %06d "$stop_at")/manifest.json" \
-  train_ranks "train.stop_at=$stop_at"
+  launch 2 "$config" "${train_overrides[@]}" "train.stop_at=$stop_at"
 step "training, resumed" "train/checkpoints/step_$(printf %06d "$steps")/manifest.json" \
-  train_ranks checkpoint.resume=required
+  launch 2 "$config" "${train_overrides[@]}" checkpoint.resume=required
 step "export" hf/megacm3.json \
   python tools/convert_checkpoint.py to-hf --checkpoint "$output/train" --output "$output/hf"
 step "held-out perplexity" perplexity.json \
