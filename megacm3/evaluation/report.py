@@ -13,7 +13,7 @@ from megacm3.evaluation import charts
 from megacm3.evaluation.fidelity import Fidelity, Settings, measure
 from megacm3.evaluation.page import Figure, Section, render
 from megacm3.evaluation.pictures import Gallery, png_bytes, read_gallery, titled_sheets
-from megacm3.files import new_file, write_json
+from megacm3.files import new_file, read_json, write_json
 
 if TYPE_CHECKING:
     from megacm3.inference.api import Generator
@@ -31,7 +31,7 @@ class Places:
     """What the quickstart's report is made from and where it goes."""
 
     run: Path
-    """Folder with hf/, train/, store/, bank/, neighbours/ and timings.jsonl."""
+    """Folder with hf/ and train/; of store/, neighbours/, perplexity.json and timings.jsonl it shows what is there."""
     training: Sequence[str]
     """Paths or globs of the training pictures."""
     heldout: Sequence[str] = ()
@@ -61,7 +61,7 @@ def quickstart_report(places: Places, device: str = "cpu") -> Fidelity:
     ]
     if (places.run / "neighbours").is_dir():
         sections.append(_neighbours(generator, places.run, training))
-    sections.append(_curves(metrics))
+    sections.append(_curves(metrics, places.run / "perplexity.json"))
     cards = [(f"{found.fidelity:.0%}", f"fidelity of {places.settings.count} pictures")]
     cards += [(f"{found.reconstruction:.0%}", "fidelity of the image tokenizer alone"), *_loss_cards(metrics)]
     if (places.run / "timings.jsonl").is_file():
@@ -106,8 +106,12 @@ def _loss_cards(metrics: Sequence[dict]) -> list[tuple[str, str]]:
     return cards
 
 
-def _curves(metrics: Sequence[dict]) -> Section:
+def _curves(metrics: Sequence[dict], held_out: Path) -> Section:
     text = "Mean negative log-likelihood of the targets of a step, by modality; specials count in 'all tokens' only."
+    if held_out.is_file():
+        found = read_json(held_out)
+        losses = [f"{found[name]['loss']:.2f} per {name} token" for name in ("image", "text") if name in found]
+        text += f" On the {found['documents']} held-out documents, in plain order: {', '.join(losses)}."
     return Section("Training", text, charts=[charts.loss_chart(metrics), *charts.small_charts(metrics)])
 
 

@@ -14,6 +14,7 @@ from megacm3.evaluation.fidelity import Settings
 from megacm3.evaluation.page import Figure, Section, render
 from megacm3.evaluation.pictures import png_bytes
 from megacm3.evaluation.report import Places, quickstart_report
+from megacm3.files import write_json
 from tests.helpers.tools import run_tool
 
 
@@ -44,6 +45,7 @@ def run(tmp_path_factory, hf_folder):
     metrics(root / "train")
     steps = [{"step": "text <tokenizer>", "seconds": 2.5}, {"step": "training", "seconds": 61}]
     (root / "timings.jsonl").write_text("".join(json.dumps(step) + "\n" for step in [*steps, steps[0]]))
+    write_json(root / "perplexity.json", {"documents": 5, "text": {"loss": 1.5}, "image": {"loss": 2.25}})
     rng = np.random.default_rng(0)
     for name, count in (("train", 20), ("heldout", 5)):
         with tarfile.open(root / f"{name}.tar", "w") as tar:
@@ -65,6 +67,7 @@ def test_quickstart_report_holds_all_its_parts(run):
         assert f"<h2>{title}</h2>" in page
     assert page.count("<figure") == 5 + 8 + 4 + 5 and page.count("<svg") == 4
     assert "<b>train</b>" not in page and "&lt;b&gt;train&lt;/b&gt; thing" in page  # captions are text
+    assert "On the 5 held-out documents, in plain order: 2.25 per image token, 1.50 per text token." in page
     assert "text &lt;tokenizer&gt;" in page and "1 min 04 s" in page  # a step that ran twice counts once
     assert f"{found.fidelity:.0%}" in page
     assert json.loads((run / "fidelity.json").read_text())["fidelity"] == found.fidelity
