@@ -100,15 +100,20 @@ class Engine:
         context: int,
         *,
         max_rows: int = 64,
-        cache_bytes: int = 4 << 30,
+        cache_bytes: int | None = None,
         report_every: int | None = None,
     ):
         """`context`: longest sequence; `max_rows` and `cache_bytes` bound what runs at once.
 
+        `cache_bytes` None: 4 GiB on a CPU, half of what is free on a GPU.
         `report_every`: codes between two "codes" events (a grid row's width); None for none.
         """
         self.decoder, self.grammar, self.context = decoder, grammar, context
-        self.max_rows, self.cache_bytes, self.report_every = max_rows, cache_bytes, report_every
+        self.max_rows, self.report_every = max_rows, report_every
+        if cache_bytes is None:
+            cuda = decoder.device.type == "cuda"
+            cache_bytes = torch.cuda.mem_get_info(decoder.device)[0] // 2 if cuda else 4 << 30
+        self.cache_bytes = cache_bytes
         self.image_head = decoder.head_of(grammar.image_ids)
         self.all_ids = torch.arange(decoder.architecture.vocab_size, device=decoder.device)
 
