@@ -22,8 +22,11 @@ MANIFEST = "manifest.json"
 
 def sha256_file(path: str | Path) -> str:
     """Hex sha256 of a file's bytes, read in 8 MiB blocks."""
+    digest = hashlib.sha256()
     with open(path, "rb", buffering=0) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(8 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def sha256_json(value: Any) -> str:
