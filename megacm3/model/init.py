@@ -1,7 +1,7 @@
 """Initial weights as a function of (seed, logical name) alone, so that no layout changes them.
 
-A logical tensor is drawn in blocks of whole rows, each from its own keyed generator; a rank draws the blocks that its box
-touches. Always on the CPU in fp32, so that CPU and GPU runs start equal.
+A logical tensor is drawn in blocks of whole rows, each from its own keyed generator; a rank draws the blocks that its
+box touches. Always on the CPU in fp32, so that CPU and GPU runs start equal.
 """
 
 import math
@@ -52,7 +52,7 @@ def draw(part: Part, model: ModelConfig, seed: int) -> torch.Tensor:
 
 @torch.no_grad()
 def initialize(module: torch.nn.Module, model: ModelConfig, seed: int) -> None:
-    """Fill every parameter of a module from its parts."""
+    """Fill every parameter of a module from its parts. On the meta device there is nothing to fill."""
     for parameter in module.parameters():
-        for part in parts_of(parameter):
+        for part in parts_of(parameter) if not parameter.is_meta else ():
             parameter[part.start : part.start + part.shape[0]].copy_(draw(part, model, seed))

@@ -25,7 +25,7 @@ def linear_config(config: Config, context: ParallelContext, dtype: torch.dtype) 
         tensor_model_parallel_size=context.tensor,
         sequence_parallel=context.sequence,
         params_dtype=dtype,
-        use_cpu_initialization=context.device.type == "cpu",
+        use_cpu_initialization=context.device.type != "cuda",
         perform_initialization=False,
         gradient_accumulation_fusion=False,
         pipeline_dtype=dtype,

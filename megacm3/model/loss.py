@@ -1,7 +1,7 @@
 """Vocab-parallel cross entropy with z-loss, in chunks of tokens: [tokens, vocabulary] logits never exist whole.
 
-The gradient is computed with the forward pass, chunk by chunk, so that nothing of a chunk is kept and, under ZeRO-3, the
-weight is needed only once. With TP, softmax statistics are reduced over the tensor ranks in fp32.
+The gradient is computed with the forward pass, chunk by chunk, so that nothing of a chunk is kept and, under ZeRO-3,
+the weight is needed only once. With TP, softmax statistics are reduced over the tensor ranks in fp32.
 """
 
 from dataclasses import dataclass, field
@@ -25,7 +25,7 @@ class LossState:
     scale: float = 1.0
     """Factor of the sum of the token losses: data ranks x micro-batches / targets of the global batch."""
     sums: torch.Tensor | None = None
-    """fp64 [8], summed over micro-batches: loss, z-loss, logZ, tokens, text loss, text tokens, image loss, image tokens."""
+    """fp64 [8] over the micro-batches: nll, logZ^2, logZ, targets, text nll, text targets, image nll, image targets."""
     output_norm: list[torch.Tensor] = field(default_factory=list)
     """Root mean square of the last layer's output, one a micro-batch."""
 

@@ -1,7 +1,7 @@
 """Which boxes of which logical tensors a local parameter holds.
 
-Logical tensors are whole, unfused and layout-free (`layers.0.attn.q.weight`); a running model fuses q, k, v and gate, up
-and cuts them over tensor ranks. Initialisation, checkpoints, conversion and the tests work on logical tensors only.
+Logical tensors are whole, unfused and layout-free (`layers.0.attn.q.weight`); a running model fuses q, k, v and gate,
+up and cuts them over tensor ranks. Initialisation, checkpoints, conversion and the tests work on logical tensors only.
 """
 
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ import torch
 
 @dataclass(frozen=True)
 class Part:
-    """Rows [start, start + shape[0]) of a local tensor are the box [offset, offset + shape) of logical tensor `name`."""
+    """Rows [start, start + shape[0]) of a local tensor are the box [offset, offset + shape) of the tensor `name`."""
 
     name: str
     global_shape: tuple[int, ...]

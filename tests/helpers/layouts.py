@@ -88,6 +88,7 @@ def start(overrides: list[str]) -> tuple[Any, Any, Any]:
     import logging
 
     import deepspeed
+
     from megacm3.parallel.context import build_context
     from megacm3.parallel.engine import Engine
 
@@ -101,6 +102,7 @@ def start(overrides: list[str]) -> tuple[Any, Any, Any]:
 def boxes(engine: Any) -> list[tuple[str, tuple[int, ...], tuple[int, ...], torch.Tensor]]:
     """(name, global shape, offset, values) of every part that this rank holds, ZeRO-3 parameters gathered."""
     import deepspeed
+
     from megacm3.parallel.parts import parts_of
 
     held = []
@@ -156,13 +158,17 @@ def whole(answers: list[dict[str, Any]], key: str) -> dict[str, torch.Tensor]:
             tensor = tensors.setdefault(name, torch.full(shape, float("nan")))
             place = tuple(slice(o, o + n) for o, n in zip(offset, value.shape, strict=True))
             known = ~tensor[place].isnan()
-            torch.testing.assert_close(tensor[place][known], value[known], rtol=1e-4, atol=1e-6, msg=f"copies of {name} differ")
+            torch.testing.assert_close(
+                tensor[place][known], value[known], rtol=1e-4, atol=1e-6, msg=f"copies of {name} differ"
+            )
             tensor[place] = value
     assert all(not tensor.isnan().any() for tensor in tensors.values()), "a box of a tensor is on no rank"
     return tensors
 
 
-def trained(world: int, overrides: list[str], *, zero: int = 1, ds: dict[str, Any] | None = None, fault: str = "") -> Run:
+def trained(
+    world: int, overrides: list[str], *, zero: int = 1, ds: dict[str, Any] | None = None, fault: str = ""
+) -> Run:
     """`STEPS` steps on `world` ranks. ds: keys put over the ZeRO stage's JSON."""
     path = ROOT / "ds_configs" / f"zero{zero}.json"
     with tempfile.TemporaryDirectory() as folder:

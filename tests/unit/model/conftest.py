@@ -30,7 +30,9 @@ def configure() -> Callable[..., Config]:
 
 
 @pytest.fixture
-def network(context: ParallelContext, configure: Callable[..., Config]) -> Callable[..., tuple[Network, LossState, Config]]:
+def network(
+    context: ParallelContext, configure: Callable[..., Config]
+) -> Callable[..., tuple[Network, LossState, Config]]:
     """network("tiny_cm3leon", ...) -> (Network, its LossState, Config)."""
 
     def build(preset: str, *overrides: Any) -> tuple[Network, LossState, Config]:

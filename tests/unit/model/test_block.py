@@ -61,7 +61,9 @@ def test_masked_documents_equal_documents_one_by_one(network: Callable[..., Any]
     alone = {name: torch.zeros_like(p) for name, p in net.named_parameters()}
     for low, length in zip((0, 20, 21, 51), LENGTHS, strict=True):
         part = slice(low, low + length)
-        loss, grads = loss_and_gradients(net, tokens[:, part], targets[:, part], torch.zeros(1, length, dtype=torch.int64))
+        loss, grads = loss_and_gradients(
+            net, tokens[:, part], targets[:, part], torch.zeros(1, length, dtype=torch.int64)
+        )
         alone_total += loss
         for name, grad in grads.items():
             alone[name] += grad
@@ -84,7 +86,9 @@ def test_without_the_mask_documents_see_one_another(network: Callable[..., Any])
 def test_position_reset_needs_no_mask_to_be_seen(network: Callable[..., Any]) -> None:
     """With the mask alone, learned positions still count from the sequence's start."""
     masked, _, config = network("tiny_cm3leon", "data.document_mask=true", "model.init_positions_std=0.1")
-    reset, _, _ = network("tiny_cm3leon", "data.document_mask=true", "data.position_reset=true", "model.init_positions_std=0.1")
+    reset, _, _ = network(
+        "tiny_cm3leon", "data.document_mask=true", "data.position_reset=true", "model.init_positions_std=0.1"
+    )
     arguments = packed(config.model.vocab_size)
     assert float(loss_and_gradients(masked, *arguments)[0]) != float(loss_and_gradients(reset, *arguments)[0])
 

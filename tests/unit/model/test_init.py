@@ -28,7 +28,9 @@ def test_any_rows_equal_the_slice_of_the_whole(low: int, high: int, init: str) -
 def test_columns_of_all_ranks_make_the_whole(world: int) -> None:
     model = ModelConfig(init_residual="scaled", hidden_size=64)
     everything = draw(parts.whole("layers.1.attn.o.weight", (64, 64)), model, seed=0)
-    boxes = [draw(parts.columns("layers.1.attn.o.weight", (64, 64), rank, world), model, seed=0) for rank in range(world)]
+    boxes = [
+        draw(parts.columns("layers.1.attn.o.weight", (64, 64), rank, world), model, seed=0) for rank in range(world)
+    ]
     assert torch.equal(torch.cat(boxes, dim=1), everything)
 
 
@@ -38,7 +40,11 @@ def test_seed_and_name_decide() -> None:
 
     first = drawn("layers.0.attn.q.weight", 0)
     assert torch.equal(first, drawn("layers.0.attn.q.weight", 0))
-    others = [drawn("layers.0.attn.q.weight", 1), drawn("layers.0.attn.k.weight", 0), drawn("layers.1.attn.q.weight", 0)]
+    others = [
+        drawn("layers.0.attn.q.weight", 1),
+        drawn("layers.0.attn.k.weight", 0),
+        drawn("layers.1.attn.q.weight", 0),
+    ]
     for other in others:
         assert abs(float(torch.corrcoef(torch.stack((first.flatten(), other.flatten())))[0, 1])) < 0.06
 

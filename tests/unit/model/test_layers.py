@@ -157,7 +157,11 @@ def test_dropout_masks_of_rows_places_and_steps_are_independent(context: Paralle
         assert abs(agreement(rows[i][:, :-1], rows[i][:, 1:])) < bound, "channels"
         for j in range(i):
             assert abs(agreement(rows[i], rows[j])) < bound, (i, j)
-    for other in (dropout(context, 0.5, "layers.1.attn"), dropout(context, 0.5, "layers.0.mlp"), dropout(context, 0.5, seed=1)):
+    for other in (
+        dropout(context, 0.5, "layers.1.attn"),
+        dropout(context, 0.5, "layers.0.mlp"),
+        dropout(context, 0.5, seed=1),
+    ):
         assert abs(agreement(mask, other.mask(numbers, 64, 256))) < bound
 
 
@@ -207,7 +211,7 @@ def test_feed_forward(network: Callable[..., Any], preset: str) -> None:
 @pytest.mark.parametrize("kv_heads", [1, 2, 4, 8])
 def test_attention_against_one_head_at_a_time(network: Callable[..., Any], kv_heads: int) -> None:
     groups = "model.qk_norm_groups=1"
-    net, _, config = network("tiny_chameleon_34b", f"model.kv_heads={kv_heads}", groups, "model.init_residual=scaled")
+    net, _, _ = network("tiny_chameleon_34b", f"model.kv_heads={kv_heads}", groups, "model.init_residual=scaled")
     block = net.stages[2]
     attention, size, heads = block.attn, 8, 8
     filled(attention.q_norm)
