@@ -49,20 +49,27 @@ stop_at=$((steps * 8 / 10))
 train_overrides+=("train.steps=$steps")
 if [[ "$output" != runs/quickstart ]]; then
   train_overrides+=(
-    "data.mixture=[{store: '$output/store', weight: 1.0, neighbours: '$output/neighbours'}]"
+    "data.mixture=[{store: \"$output/store\", weight: 1.0, neighbours: \"$output/neighbours\"}]"
     "data.text_tokenizer=$output/text_tokenizer" "data.image_tokenizer=$output/image_tokenizer" "train.out=$output/train"
   )
 fi
 
 number=0
 total=12
+quoted() { # WORDS...: as one would type them
+  local word
+  for word in "$@"; do
+    if [[ "$word" =~ ^[A-Za-z0-9_./=:,-]+$ ]]; then printf '%s ' "$word"; else printf "'%s' " "$word"; fi
+  done
+}
+
 step() { # NAME PRODUCT COMMAND...: run, say how long it took, and note the time where the step made its product
-  local name="$1" product="$output/$2" was_there=no started seconds shown
+  local name="$1" product="$output/$2" was_there=no started seconds
   shift 2
   number=$((number + 1))
-  shown="$*"
-  if [[ "$1" == launch ]]; then shown="deepspeed --num_gpus $2 --module megacm3.train ${*:3}"; fi
-  printf '\n[%2d/%d] %s\n        %s\n' "$number" "$total" "$name" "$shown"
+  printf '\n[%2d/%d] %s\n        ' "$number" "$total" "$name"
+  if [[ "$1" == launch ]]; then quoted deepspeed --num_gpus "$2" --module megacm3.train "${@:3}"; else quoted "$@"; fi
+  echo
   if [[ -e "$product" ]]; then was_there=yes; fi
   started="$(date +%s)"
   "$@"
