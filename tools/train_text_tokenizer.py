@@ -1,4 +1,4 @@
-"""Train a sentencepiece text tokenizer on captions and texts."""
+"""Train the text tokenizer on captions and texts, or take over Chameleon's released one."""
 
 import argparse
 import sys
@@ -7,36 +7,59 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megacm3.command import progress, run
+from megacm3.errors import ConfigError
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__)
+    add = parser.add_argument
+    add("--input", nargs="+", metavar="GLOB", help="tars (their captions), parquet, jsonl, txt, data set folders")
+    add("--vocab-size", type=int, metavar="N", help="text ids of CM3Leon (56320), all ids of Chameleon (65536)")
+    add("--output", required=True, metavar="DIR", help="tokenizer folder to make")
+    add("--family", choices=("cm3leon", "chameleon"), default="cm3leon", help="sentencepiece, or Chameleon's table")
+    add("--from-json", metavar="FILE", help="Chameleon's released tokenizer JSON instead of training")
+    add("--max-lines", type=int, default=10_000_000, help="lines sampled at most (default %(default)s)")
+    add("--overwrite", action="store_true", help="replace a tokenizer made from other inputs or settings")
+    return parser
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parse, train, say what was made."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--input", nargs="+", required=True, metavar="GLOB", help="tars (captions), parquet, jsonl, txt"
-    )
-    parser.add_argument("--vocab-size", type=int, required=True, metavar="N", help="text ids (56320 in CM3Leon)")
-    parser.add_argument("--output", required=True, metavar="DIR", help="tokenizer folder to make")
-    parser.add_argument("--max-lines", type=int, default=10_000_000, help="lines sampled at most (default %(default)s)")
-    parser.add_argument("--overwrite", action="store_true", help="replace a tokenizer made from other inputs")
-    given = parser.parse_args(arguments)
+    """Parse, train or take over, say what was made."""
+    given = _parser().parse_args(arguments)
+    if bool(given.input) == bool(given.from_json):
+        raise ConfigError("give either --input with texts or --from-json with a tokenizer")
+    family = "chameleon" if given.from_json else given.family
+    size = given.vocab_size or (65536 if family == "chameleon" else 0)
+    if size < 1:
+        raise ConfigError("--vocab-size is missing (56320 in CM3Leon)")
 
     from megacm3.data.sources import find_shards, identify, iter_texts
-    from megacm3.tokenizers.text import TextTokenizer, finished, train_text_tokenizer
+    from megacm3.files import sha256_file
+    from megacm3.tokenizers.chameleon_text import read_released, train_chameleon
+    from megacm3.tokenizers.text import TextTokenizer, finished, save_chameleon, train_text_tokenizer
 
-    shards = find_shards(given.input)
-    inputs = {"texts": identify(shards)}
-    if finished(given.output, given.vocab_size, given.max_lines, inputs, overwrite=given.overwrite):
-        tokenizer = TextTokenizer.load(given.output)
-        print(f"{given.output} is finished already: same inputs and size ({tokenizer.size} ids)")
+    text = read_released(given.from_json) if given.from_json else ""
+    shards = find_shards(given.input) if given.input else []
+    inputs = {"json": sha256_file(given.from_json)} if text else {"texts": identify(shards)}
+    settings = {"format": "chameleon" if family == "chameleon" else "sentencepiece", "vocab_size": size}
+    if family == "cm3leon":
+        settings["max_lines"] = given.max_lines
+    if finished(given.output, settings, inputs, overwrite=given.overwrite):
+        print(f"{given.output} is finished already: same inputs and size ({TextTokenizer.load(given.output).size} ids)")
         return 0
     rejects: list[object] = []
-    texts = progress(iter_texts(shards, rejects.append), unit=" texts", description="read")
-    tokenizer = train_text_tokenizer(
-        texts, given.vocab_size, given.output, max_lines=given.max_lines, inputs=inputs, overwrite=given.overwrite
-    )
+    texts = progress(iter_texts(shards, rejects.append), unit=" texts", description="read") if shards else []
+    if family == "chameleon":
+        text = text or train_chameleon(texts, size)
+        tokenizer = save_chameleon(
+            text, size, given.output, settings=settings, inputs=inputs, overwrite=given.overwrite
+        )
+    else:
+        tokenizer = train_text_tokenizer(
+            texts, size, given.output, max_lines=given.max_lines, inputs=inputs, overwrite=given.overwrite
+        )
     skipped = f"; {len(rejects)} rows without usable text skipped" if rejects else ""
-    print(f"{given.output}: {tokenizer.size} ids, {tokenizer.pieces} of them trained{skipped}")
+    print(f"{given.output}: {tokenizer.size} ids, {tokenizer.pieces} of them in use{skipped}")
     return 0
 
 

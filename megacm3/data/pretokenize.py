@@ -23,9 +23,13 @@ from datatrove.pipeline.base import PipelineStep
 from megacm3.data.parts import assemble, read_part
 from megacm3.data.sources import Shard, find_shards, identify
 from megacm3.data.store import KIND, Store
-from megacm3.data.units import ShardFault, UnitRunner, UnitSettings, write_fault
+from megacm3.data.units import ShardFault, UnitRunner, UnitSettings, shape_of, write_fault
 from megacm3.errors import ConfigError, DataError
 from megacm3.files import new_file, read_json, read_manifest, sha256_json, write_json
+from megacm3.tokenizers.image import KIND as IMAGE_KIND
+from megacm3.tokenizers.image import ImageTokenizer
+from megacm3.tokenizers.text import KIND as TEXT_KIND
+from megacm3.tokenizers.text import TextTokenizer
 
 logger = logging.getLogger(__name__)
 # Every unit would log a dozen lines of datatrove's own; faults come back as exceptions and through `failed/`.
@@ -97,9 +101,12 @@ def pretokenize(options: PretokenizeOptions) -> PretokenizeReport:
         parts = _parts(work, plan, options)
         _check_rejects(parts, options)
         inputs = plan["tokenizers"]
-        runner = _runner(plan, options.device, 1)
+        text, image = TextTokenizer.load(options.text_tokenizer), ImageTokenizer.load(options.image_tokenizer)
         settings = {"pretokenize": plan["settings"] | {"inputs": plan["inputs"]}, "job": plan["job"]}
-        store = assemble(options.output, parts, runner.shape, inputs, settings, replace=options.overwrite)
+        vocabulary = text.vocabulary(image.codebook_size, image.grid[0] * image.grid[1])
+        if vocabulary.family != "cm3leon":
+            settings["vocabulary"] = vocabulary.to_json()
+        store = assemble(options.output, parts, shape_of(text, image), inputs, settings, replace=options.overwrite)
     except OSError as fault:
         raise DataError(f"{fault.filename or work}: {fault.strerror or fault}") from fault
     shutil.rmtree(work, ignore_errors=True)
@@ -118,11 +125,9 @@ def _check(options: PretokenizeOptions) -> None:
 
 
 def _plan(options: PretokenizeOptions) -> dict[str, Any]:
-    from megacm3.tokenizers import image, text
-
     tokenizers = {
-        "text_tokenizer": read_manifest(options.text_tokenizer, text.KIND, verify="sha256").fingerprint,
-        "image_tokenizer": read_manifest(options.image_tokenizer, image.KIND, verify="sha256").fingerprint,
+        "text_tokenizer": read_manifest(options.text_tokenizer, TEXT_KIND, verify="sha256").fingerprint,
+        "image_tokenizer": read_manifest(options.image_tokenizer, IMAGE_KIND, verify="sha256").fingerprint,
     }
     shards = find_shards(options.inputs, options.rows_per_unit)
     inputs = identify(shards)
@@ -222,9 +227,6 @@ class TokenizeUnit(PipelineStep):
 
 
 def _runner(plan: dict[str, Any], device: str, threads: int) -> UnitRunner:
-    from megacm3.tokenizers.image import ImageTokenizer
-    from megacm3.tokenizers.text import TextTokenizer
-
     text, image = plan["paths"]
     runner = UnitRunner(
         TextTokenizer.load(text), ImageTokenizer.load(image, device), UnitSettings(**plan["settings"]), threads

@@ -88,13 +88,18 @@ def prepare(sample: Sample, size: int, settings: UnitSettings) -> Prepared | Rej
     return Prepared(sample, pixels, meta)
 
 
+def shape_of(text: TextTokenizer, image: ImageTokenizer) -> StoreShape:
+    """The sizes of a store that these tokenizers make."""
+    return StoreShape(text.size, image.codebook_size, image.grid[0] * image.grid[1], image.image_size)
+
+
 class UnitRunner:
     """Tokenizes shards, one after another, with one pair of tokenizers."""
 
     def __init__(self, text: TextTokenizer, image: ImageTokenizer, settings: UnitSettings, threads: int = 1) -> None:
         self._text, self._image, self._settings = text, image, settings
         self._threads = threads
-        self.shape = StoreShape(text.size, image.codebook_size, image.grid[0] * image.grid[1], image.image_size)
+        self.shape = shape_of(text, image)
         self.bytes = self.documents = 0
         """Input bytes and documents done so far, for progress."""
 

@@ -9,9 +9,14 @@ space as U+2581, therefore a literal U+2581 is escaped before encoding.
 import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from megacm3.errors import ConfigError, DataError
 from megacm3.files import new_folder, read_manifest, write_manifest
+
+if TYPE_CHECKING:
+    from megacm3.tokenizers.chameleon_text import ChameleonBackend
+    from megacm3.tokenizers.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -34,17 +39,36 @@ def _unescape(text: str) -> str:
     return text.replace(_ESCAPE + "1", _SPACE).replace(_ESCAPE + "0", _ESCAPE)
 
 
-class TextTokenizer:
-    """A trained tokenizer. Make it with `TextTokenizer.load`."""
+class SentencePieceBackend:
+    """Encodes and decodes with a sentencepiece model."""
 
-    def __init__(self, model: bytes, size: int, fingerprint: str) -> None:
+    names: dict[str, int] | None = None
+    """Only Chameleon's tokenizer names its image codes."""
+
+    def __init__(self, model: bytes) -> None:
         from sentencepiece import SentencePieceProcessor
 
         self._processor = SentencePieceProcessor(model_proto=model)
         self.pieces: int = self._processor.get_piece_size()
-        """Ids that the training gave a meaning."""
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """Ids of each text."""
+        return self._processor.encode([_escape(text) for text in texts], out_type=int, num_threads=1)
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of `ids`."""
+        return _unescape(self._processor.decode(ids))
+
+
+class TextTokenizer:
+    """A trained tokenizer. Make it with `TextTokenizer.load`."""
+
+    def __init__(self, backend: "SentencePieceBackend | ChameleonBackend", size: int, fingerprint: str) -> None:
+        self._backend = backend
+        self.pieces = backend.pieces
+        """Ids that have a meaning."""
         self.size = size
-        """Text ids of the layout; ids from the number of pieces up to `size` are reserved and never produced."""
+        """Ids of the layout; those from `pieces` up to `size` are reserved and never produced."""
         self.fingerprint = fingerprint
         """Fingerprint of the folder that it came from."""
 
@@ -56,13 +80,26 @@ class TextTokenizer:
         """
         manifest = read_manifest(folder, KIND, verify="sha256")
         try:
-            model = (Path(folder) / MODEL).read_bytes()
-            return TextTokenizer(model, manifest.settings["vocab_size"], manifest.fingerprint)
+            if manifest.settings["format"] == "chameleon":
+                from megacm3.tokenizers.chameleon_text import FILE, ChameleonBackend
+
+                backend: Any = ChameleonBackend((Path(folder) / FILE).read_text(encoding="utf-8"))
+            else:
+                backend = SentencePieceBackend((Path(folder) / MODEL).read_bytes())
+            return TextTokenizer(backend, manifest.settings["vocab_size"], manifest.fingerprint)
         except (FileNotFoundError, KeyError, RuntimeError) as fault:
-            raise DataError(f"{folder} is not a sentencepiece text tokenizer: {fault}") from fault
+            raise DataError(f"{folder} is not a text tokenizer: {fault}") from fault
+
+    def vocabulary(self, codebook_size: int, image_tokens: int) -> "Vocabulary":
+        """The vocabulary of a run with this tokenizer: Chameleon's by the file's names, else CM3Leon's layout."""
+        from megacm3.tokenizers.vocabulary import Vocabulary
+
+        if self._backend.names is not None:
+            return Vocabulary.chameleon(self.size, codebook_size, image_tokens, self._backend.names)
+        return Vocabulary.cm3leon(self.size, codebook_size, image_tokens=image_tokens)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`, all in [1, size). Raises DataError for text that is no Unicode (a lone surrogate)."""
+        """Ids of `text`. Raises DataError for text that is no Unicode (a lone surrogate)."""
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
@@ -72,7 +109,7 @@ class TextTokenizer:
                 text.encode("utf-8")
         except UnicodeEncodeError as fault:
             raise DataError(f"text holds a lone surrogate and is not Unicode: {fault}") from fault
-        return self._processor.encode([_escape(text) for text in texts], out_type=int, num_threads=1)
+        return self._backend.encode_batch(texts)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`; reserved ids give nothing. Raises DataError for an id outside [0, size)."""
@@ -80,7 +117,7 @@ class TextTokenizer:
         outside = [i for i in ids if not 0 <= i < self.size]
         if outside:
             raise DataError(f"id {outside[0]} is not a text id; expected 0..{self.size - 1}")
-        return _unescape(self._processor.decode([i for i in ids if i < self.pieces]))
+        return self._backend.decode([i for i in ids if i < self.pieces])
 
 
 def _lines(texts: Iterable[str]) -> Iterator[str]:
@@ -90,17 +127,15 @@ def _lines(texts: Iterable[str]) -> Iterator[str]:
             yield text[start : start + _MAX_LINE]
 
 
-def finished(
-    output: str | Path, vocab_size: int, max_lines: int, inputs: dict[str, str], *, overwrite: bool = False
-) -> bool:
-    """Whether `output` was made already from these inputs and settings.
+def finished(output: str | Path, settings: dict[str, Any], inputs: dict[str, str], *, overwrite: bool = False) -> bool:
+    """Whether `output` was made already from these inputs and settings (format, vocab_size, max_lines).
 
     Raises DataError when it was made from others, unless `overwrite`.
     """
     if not Path(output).exists() or (Path(output).is_dir() and not any(Path(output).iterdir())):
         return False
     manifest = read_manifest(output, KIND, verify="sha256")
-    wanted = {"vocab_size": vocab_size, "max_lines": max_lines} | inputs
+    wanted = settings | inputs
     found = manifest.settings | manifest.inputs
     different = [name for name, value in wanted.items() if found.get(name) != value]
     if not different:
@@ -200,3 +235,21 @@ def train_text_tokenizer(
     tokenizer = TextTokenizer.load(output)
     logger.info("text tokenizer: %d pieces of %d ids from %d lines", tokenizer.pieces, vocab_size, count)
     return tokenizer
+
+
+def save_chameleon(
+    text: str, vocab_size: int, output: str | Path, *, settings: dict[str, Any], inputs: dict[str, str], overwrite: bool
+) -> TextTokenizer:
+    """Write a `tokenizers` JSON of Chameleon's shape as a tokenizer folder of `vocab_size` ids.
+
+    Raises ConfigError when its table has more ids.
+    """
+    from megacm3.tokenizers.chameleon_text import FILE, ChameleonBackend
+
+    pieces = ChameleonBackend(text).pieces
+    if pieces > vocab_size:
+        raise ConfigError(f"--vocab-size {vocab_size} is less than the {pieces} ids of the tokenizer")
+    with new_folder(output, replace=overwrite) as folder:
+        (folder / FILE).write_text(text, encoding="utf-8")
+        write_manifest(folder, KIND, settings | {"format": "chameleon", "vocab_size": vocab_size}, inputs)
+    return TextTokenizer.load(output)

@@ -20,9 +20,10 @@ from megacm3.data.store import Store, verify_store
 from megacm3.data.units import UnitSettings
 from megacm3.errors import ConfigError, DataError
 from megacm3.files import read_manifest
+from megacm3.tokenizers.chameleon_text import train_chameleon
 from megacm3.tokenizers.image import ImageTokenizer, save_image_tokenizer
 from megacm3.tokenizers.image_config import NetworkConfig
-from megacm3.tokenizers.text import TextTokenizer, train_text_tokenizer
+from megacm3.tokenizers.text import TextTokenizer, save_chameleon, train_text_tokenizer
 from megacm3.tokenizers.train_image import build_network
 from tests.unit.data.makers import pairs, picture, write_tar
 
@@ -288,3 +289,20 @@ def test_alpha_is_on_white_in_the_store(tokenizers, tmp_path):
     pretokenize(options(tokenizers, tmp_path / "a.tar", tmp_path / "store"))
     white = ImageTokenizer.load(tokenizers / "image").encode(np.full((1, 32, 32, 3), 255, np.uint8))
     assert Store.open(tmp_path / "store").document(0).segments[1].tokens.tolist() == white[0].tolist()
+
+
+def test_chameleon_s_table_goes_into_the_store(tokenizers, tmp_path):
+    text = train_chameleon([f"caption number {n}" for n in range(9)], 9000)
+    save_chameleon(text, 65536, tmp_path / "text", settings={}, inputs={}, overwrite=False)
+    torch.manual_seed(0)
+    network = build_network(NetworkConfig(**vars(SMALL) | {"codebook_size": 8192}))
+    save_image_tokenizer(network, 32, tmp_path / "image")
+    write_tar(tmp_path / "a.tar", pairs(0, 2))
+    pretokenize(options(tmp_path, tmp_path / "a.tar", tmp_path / "store"))
+    store = Store.open(tmp_path / "store")
+    vocabulary = store.vocabulary()
+    assert vocabulary.family == "chameleon" and vocabulary.boi == 8197 and vocabulary.image_tokens == 64
+    assert (
+        vocabulary.is_text(store.document(0).segments[0].tokens).all()
+        and verify_store(tmp_path / "store").documents == 2
+    )
