@@ -14,7 +14,7 @@ from megacm3.retrieval.new_encoder import EncoderTraining
 from tests.unit.data.makers import write_tar
 
 TINY = EncoderTraining(
-    image_size=16, patch_size=8, width=32, image_layers=1, text_layers=1, vocabulary=600, steps=40, batch=32, warmup=5
+    image_size=16, patch_size=8, width=32, image_layers=1, text_layers=1, vocabulary=600, steps=70, batch=32, warmup=5
 )
 """Trains in a second or two."""
 COLOURS = ("red", "green", "blue", "yellow", "purple", "grey", "cyan", "brown")
@@ -51,15 +51,13 @@ def drawing(colour: str, shape: str, shift: int = 0) -> bytes:
 
 
 def members() -> list[tuple[str, bytes]]:
-    """48 drawings, and at their end: a copy under another caption, the same caption with another picture, two documents
-    without a picture and one without a caption."""
+    """48 drawings, and at their end a copy under another caption, and another picture with a caption that is taken."""
     found = []
     for colour in COLOURS:
         for shape in SHAPES:
             found += _pair(f"{colour}-{shape}", drawing(colour, shape), f"a {colour} {shape} on white")
     found += _pair("copy", drawing("red", "square"), "the very first drawing once more")
     found += _pair("same-caption", drawing("red", "corner", 2), "A red  square on white")
-    found += [("text-1.txt", b"words alone"), ("text-2.txt", b"more words alone")]
     return found
 
 
@@ -68,11 +66,18 @@ def _pair(key: str, picture: bytes, caption: str) -> list[tuple[str, bytes]]:
 
 
 def write_input(folder: Path) -> str:
-    """Two shards of `members`; gives the pattern that names them."""
+    """Two shards of `members` and after each a shard of texts alone; gives the pattern that names all four."""
     whole = members()
     write_tar(folder / "part-0.tar", whole[:48])
-    write_tar(folder / "part-1.tar", whole[48:])
-    return str(folder / "part-*.tar")
+    (folder / "part-1.txt").write_text("words alone\nmore words alone\n")
+    write_tar(folder / "part-2.tar", whole[48:])
+    (folder / "part-3.txt").write_text("no pictures here\nnor here\nnor at the end\n")
+    return str(folder / "part-*")
+
+
+PARTS = (24, 26, 0)
+"""Rows of the bank's parts: the store's first one has two documents without a picture, its last one nothing else."""
+DOCUMENTS = 55
 
 
 def make_store(folder: Path, pattern: str) -> Store:
@@ -87,4 +92,4 @@ def make_store(folder: Path, pattern: str) -> Store:
                 segments = [(0, np.arange(3))] + [(1, np.arange(4))] * item.images
                 yield segments, ready.meta
 
-    return write_store(folder, documents(), SHAPE, documents_per_part=24)
+    return write_store(folder, documents(), SHAPE, documents_per_part=26)

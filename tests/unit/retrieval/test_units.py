@@ -1,0 +1,168 @@
+"""Units: finished ones are kept, unfinished ones leave nothing, and no number of workers changes a byte."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from megacm3.errors import ConfigError, DataError
+from megacm3.files import new_file, read_manifest
+from megacm3.retrieval.units import Job, run_unit, run_units, unit_done
+from tests.unit.retrieval.conftest import same_bytes
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@dataclass(frozen=True)
+class Squares:
+    """Unit N writes N squared; one of them may fail or sleep."""
+
+    count: int = 4
+    broken: int = -1
+    sleepy: int = -1
+    stage: str = "squares"
+
+    def make(self, folder: Path, number: int) -> list[Path]:
+        path = folder / "squares" / f"{number}.txt"
+        with new_file(path) as temporary:
+            temporary.write_text(str(number))
+            if number == self.broken:
+                raise DataError(f"unit {number} is broken")
+            if number == self.sleepy:
+                time.sleep(60)
+            temporary.write_text(str(number**2))
+        return [path]
+
+
+def job(folder: Path, **settings: object) -> Job:
+    return Job(folder / "out", "bank", {"size": 4} | settings, {"store": "abc"})
+
+
+def finish(made: Job, units: Squares, workers: int = 1) -> None:
+    made.prepare()
+    run_units(units, made.work, workers)
+    made.commit({"count": units.count})
+
+
+def test_a_job_leaves_its_folder_and_nothing_else(tmp_path):
+    finish(job(tmp_path), Squares())
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert [(tmp_path / "out" / "squares" / f"{n}.txt").read_text() for n in range(4)] == ["0", "1", "4", "9"]
+    manifest = read_manifest(tmp_path / "out", "bank", verify="sha256")
+    assert manifest.settings == {"count": 4, "job": {"size": 4}} and len(manifest.files) == 4
+
+
+def test_a_failed_unit_keeps_the_others_and_the_next_run_goes_on(tmp_path):
+    made = job(tmp_path)
+    made.prepare()
+    with pytest.raises(DataError, match="unit 2 is broken"):
+        run_units(Squares(broken=2), made.work)
+    assert not made.output.exists()
+    assert [unit_done(made.work, "squares", n) for n in range(4)] == [True, True, False, False]
+    assert not (made.folder / "squares" / "2.txt").exists()
+    before = (made.folder / "squares" / "1.txt").stat().st_mtime_ns
+    made.prepare()
+    assert run_units(Squares(), made.work) == 2
+    assert (made.folder / "squares" / "1.txt").stat().st_mtime_ns == before
+    made.commit({"count": 4})
+    finish(job(tmp_path / "fresh"), Squares())
+    assert same_bytes(tmp_path / "out", tmp_path / "fresh" / "out")
+
+
+def test_a_file_that_is_gone_or_short_is_made_again(tmp_path):
+    made = job(tmp_path)
+    made.prepare()
+    run_units(Squares(), made.work)
+    (made.folder / "squares" / "3.txt").unlink()
+    (made.folder / "squares" / "2.txt").write_text("")
+    assert run_units(Squares(), made.work) == 2
+    assert (made.folder / "squares" / "2.txt").read_text() == "4"
+
+
+def test_a_killed_process_leaves_work_that_goes_on(tmp_path):
+    code = (
+        "import sys; from pathlib import Path; from tests.unit.retrieval.test_units import *;"
+        "made = job(Path(sys.argv[1])); made.prepare(); run_units(Squares(sleepy=2), made.work)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, stderr=subprocess.DEVNULL)
+    made = job(tmp_path)
+    for _ in range(1200):
+        if list((made.folder / "squares").glob(".2.txt*")) if made.folder.is_dir() else False:
+            break
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert list((made.folder / "squares").glob(".2.txt*")) and not made.output.exists()
+    made.prepare()
+    assert run_units(Squares(), made.work) == 2
+    made.commit({"count": 4})
+    finish(job(tmp_path / "fresh"), Squares())
+    assert same_bytes(tmp_path / "out", tmp_path / "fresh" / "out")
+
+
+def test_units_in_any_order_give_the_same_folder(tmp_path):
+    made = job(tmp_path)
+    made.prepare()
+    for number in (3, 1, 0, 2):
+        run_unit(Squares(), made.work, number)
+    made.commit({"count": 4})
+    finish(job(tmp_path / "fresh"), Squares())
+    assert same_bytes(tmp_path / "out", tmp_path / "fresh" / "out")
+
+
+def test_a_finished_job_is_known_and_another_one_is_refused(tmp_path):
+    finish(job(tmp_path), Squares())
+    assert job(tmp_path).finished() is not None
+    with pytest.raises(DataError, match=r"size = 4 then, 5 now.*--overwrite"):
+        job(tmp_path, size=5).finished()
+    with pytest.raises(DataError, match="another store"):
+        Job(tmp_path / "out", "bank", {"size": 4}, {"store": "xyz"}).finished()
+    assert job(tmp_path, size=5).finished(overwrite=True) is None
+    assert job(tmp_path / "elsewhere").finished() is None
+
+
+def test_unfinished_work_of_another_job_is_refused_or_discarded(tmp_path):
+    made = job(tmp_path)
+    made.prepare()
+    run_unit(Squares(), made.work, 0)
+    other = job(tmp_path, size=5)
+    with pytest.raises(DataError, match="unfinished work made with size = 4 then, 5 now"):
+        other.prepare()
+    other.prepare(overwrite=True)
+    assert not unit_done(other.work, "squares", 0)
+
+
+def test_folders_that_are_in_the_way_are_left_alone(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("dear")
+    with pytest.raises(DataError, match="no folder of kind 'bank'"):
+        job(tmp_path).finished(overwrite=True)
+    (tmp_path / "out.work").mkdir()
+    (tmp_path / "out.work" / "mine.txt").write_text("dear")
+    with pytest.raises(DataError, match="in the way"):
+        job(tmp_path).prepare(overwrite=True)
+    assert (tmp_path / "out.work" / "mine.txt").is_file()
+
+
+def test_a_negative_number_of_workers_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="--workers -1"):
+        run_units(Squares(), tmp_path, -1)
+
+
+@pytest.mark.long
+def test_several_workers_give_the_same_bytes_and_pass_errors_on(tmp_path):
+    finish(job(tmp_path / "one"), Squares(), 1)
+    finish(job(tmp_path / "three"), Squares(), 3)
+    assert same_bytes(tmp_path / "one" / "out", tmp_path / "three" / "out")
+    made = job(tmp_path / "broken")
+    made.prepare()
+    with pytest.raises(DataError, match="unit 1 is broken"):
+        run_units(Squares(broken=1), made.work, 2)
+    run_units(Squares(), made.work, 2)
+    made.commit({"count": 4})
+    assert same_bytes(tmp_path / "one" / "out", tmp_path / "broken" / "out")
