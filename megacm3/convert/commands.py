@@ -10,6 +10,7 @@ from megacm3.checkpoint.boxes import whole
 from megacm3.checkpoint.pieces import PARAM
 from megacm3.checkpoint.reader import Checkpoint
 from megacm3.checkpoint.reshard import config_of, find_step, reshard
+from megacm3.convert.export_weights import weight_bytes
 from megacm3.convert.from_hf import from_hf
 from megacm3.convert.to_hf import Export, to_hf
 from megacm3.convert.verify import Verdict, compare
@@ -46,7 +47,7 @@ def to_hf_command(given: argparse.Namespace) -> list[str]:
         if not given.no_gate:
             verdicts.append(compare(export.checkpoint, export.config, folder, export.source_kind, export.dtype))
 
-    total = sum(export.dtype.itemsize * whole(name.hf_shape).numel for name in export.table)
+    total = weight_bytes(export)
     with _bytes_written(total) as done:
         path = to_hf(
             export,

@@ -14,6 +14,7 @@ from megacm3.checkpoint.reshard import config_of, row_chunks, write_checkpoint
 from megacm3.checkpoint.tensors import CODES, Entry, in_file_order, write_tensors
 from megacm3.config import Config, ModelConfig
 from megacm3.convert.configs import SIDECAR, from_hf_config
+from megacm3.convert.export_weights import EXTRAS
 from megacm3.convert.folder import HfFolder
 from megacm3.convert.names import OPT_OFFSET, Name, head_rows, names
 from megacm3.errors import CheckpointError
@@ -21,10 +22,8 @@ from megacm3.files import read_json
 from megacm3.tokenizers.vocabulary import Vocabulary, image_name
 
 log = logging.getLogger(__name__)
-EXTRAS = "extras.safetensors"
-"""File of a native checkpoint with what only the Hugging Face class has: image tokenizer, unused rows of positions."""
 KEPT = ("model.vqmodel.",)
-"""Prefixes of tensors that go to `EXTRAS` under their own names."""
+"""Prefixes of tensors that go to `EXTRAS`: the image tokenizer. So do the unused rows of OPT's positions."""
 
 
 def from_hf(

@@ -1,5 +1,4 @@
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,17 +10,14 @@ from megacm3.checkpoint.reader import Checkpoint
 from megacm3.checkpoint.reshard import find_step, plan, reshard
 from megacm3.checkpoint.tensors import read_header
 from megacm3.errors import CheckpointError, ConfigError, DataError
-from tests.unit.checkpoint.conftest import assert_holds, tiny
-
-Written = Callable[..., tuple[Path, dict[tuple[str, str], torch.Tensor]]]
+from tests.helpers.checkpoints import assert_holds, tiny, write_random
 
 
 @pytest.mark.parametrize("preset", ["tiny_cm3leon", "tiny_chameleon_34b", "tiny_modern"])
-def test_every_layout_holds_the_same(
-    preset: str, written: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_layout_holds_the_same(preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "CHUNK", 4096)  # many chunks a tensor
-    source, tensors = written(tiny(preset))
+    source = tmp_path / "source"
+    tensors = write_random(tiny(preset), source)
     for tensor, pipeline in ((1, 1), (2, 1), (1, 4), (2, 2)):
         output = tmp_path / f"{tensor}{pipeline}"
         reshard(source, output, tensor, pipeline)
@@ -31,8 +27,9 @@ def test_every_layout_holds_the_same(
         assert again.config == Checkpoint(source).config and again.state == {"step": 7} and again.optimizer_step == 7
 
 
-def test_a_vocabulary_that_does_not_divide(written: Written, tmp_path: Path) -> None:
-    source, tensors = written(tiny("tiny_modern", vocab_size=509))
+def test_a_vocabulary_that_does_not_divide(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    tensors = write_random(tiny("tiny_modern", vocab_size=509), source)
     assert_holds(reshard(source, tmp_path / "a", 2, 1), tensors)
     assert {str(box) for box, _ in Checkpoint(tmp_path / "a").boxes("param", "head.weight")} == {
         "0:255,0:64",
@@ -60,8 +57,9 @@ def test_files_hold_what_their_rank_runs() -> None:
     assert fourth == [("layers.1.attn.o.weight", Box((0, 32), (64, 32)))]
 
 
-def test_layouts_that_the_model_does_not_have(written: Written, tmp_path: Path) -> None:
-    source, _ = written(tiny("tiny_modern"))
+def test_layouts_that_the_model_does_not_have(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    write_random(tiny("tiny_modern"), source)
     with pytest.raises(ConfigError, match=r"parallel.tensor = 4 is more than model.kv_heads = 2"):
         reshard(source, tmp_path / "a", 4, 1)
     with pytest.raises(ConfigError, match=r"model.layers = 4 is not divisible by parallel.pipeline = 3"):
@@ -69,8 +67,9 @@ def test_layouts_that_the_model_does_not_have(written: Written, tmp_path: Path) 
     assert not (tmp_path / "a").exists()
 
 
-def test_a_damaged_source_or_a_taken_output(written: Written, tmp_path: Path) -> None:
-    source, _ = written(tiny("tiny_modern"))
+def test_a_damaged_source_or_a_taken_output(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    write_random(tiny("tiny_modern"), source)
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "file").write_text("")
     with pytest.raises(DataError, match="exists already"):
@@ -84,8 +83,9 @@ def test_a_damaged_source_or_a_taken_output(written: Written, tmp_path: Path) ->
     assert not (tmp_path / "a").exists() and not list(tmp_path.glob(".a*"))
 
 
-def test_find_step(written: Written, tmp_path: Path) -> None:
-    step, _ = written(tiny("tiny_modern"), tmp_path / "run" / "checkpoints" / "step_000007")
+def test_find_step(tmp_path: Path) -> None:
+    step = tmp_path / "run" / "checkpoints" / "step_000007"
+    write_random(tiny("tiny_modern"), step)
     assert find_step(tmp_path / "run") == find_step(step.parent) == find_step(step) == step
     with pytest.raises(CheckpointError, match="does not exist; give a run's folder"):
         find_step(tmp_path / "nowhere")
@@ -93,8 +93,9 @@ def test_find_step(written: Written, tmp_path: Path) -> None:
         find_step(tmp_path)
 
 
-def test_boxes_that_do_not_cover_a_tensor(written: Written) -> None:
-    source, _ = written(tiny("tiny_modern"))
+def test_boxes_that_do_not_cover_a_tensor(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    write_random(tiny("tiny_modern"), source)
     checkpoint, name = Checkpoint(reshard(source, source.parent / "two", 2, 1)), "layers.1.mlp.up.weight"
     checkpoint.boxes("exp_avg", name).pop()
     with pytest.raises(CheckpointError, match=rf"exp_avg of {name} has 4096 elements in its boxes; expected 8192"):
@@ -105,9 +106,10 @@ def test_boxes_that_do_not_cover_a_tensor(written: Written) -> None:
         checkpoint.read("exp_avg", name, Box((0, 0), (128, 64)), torch.empty(128, 64))
 
 
-def test_the_manifest_speaks_for_itself(written: Written) -> None:
+def test_the_manifest_speaks_for_itself(tmp_path: Path) -> None:
     """No pickle anywhere: JSON and safetensors; kinds, shapes and boxes stand in the one manifest."""
-    source, _ = written(tiny("tiny_cm3leon"))
+    source = tmp_path / "source"
+    write_random(tiny("tiny_cm3leon"), source)
     assert sorted(path.name for path in source.iterdir()) == ["manifest.json", "rank_00000.safetensors"]
     settings = json.loads((source / "manifest.json").read_text())["settings"]
     assert settings["kinds"] == {"param": "BF16", "master": "F32", "exp_avg": "F32", "exp_avg_sq": "F32"}

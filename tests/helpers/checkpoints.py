@@ -1,9 +1,7 @@
-"""Small native checkpoints without an engine."""
+"""Small native checkpoints made without an engine."""
 
-from collections.abc import Callable
 from pathlib import Path
 
-import pytest
 import torch
 
 from megacm3.checkpoint.boxes import Box, whole
@@ -32,30 +30,25 @@ def random_tensors(config: Config) -> dict[tuple[str, str], torch.Tensor]:
     return tensors
 
 
-@pytest.fixture
-def written(tmp_path: Path) -> Callable[..., tuple[Path, dict[tuple[str, str], torch.Tensor]]]:
-    """Writes a checkpoint of a config's layout; returns its folder and tensors."""
+def write_random(config: Config, folder: Path) -> dict[tuple[str, str], torch.Tensor]:
+    """Write a checkpoint at a config's layout; return its tensors."""
+    tensors = random_tensors(config)
 
-    def write(config: Config, folder: Path | None = None) -> tuple[Path, dict[tuple[str, str], torch.Tensor]]:
-        tensors = random_tensors(config)
+    def read(kind: str, name: str, box: Box, out: torch.Tensor) -> None:
+        out.copy_(tensors[kind, name][box.within(whole(tuple(tensors[kind, name].shape)))])
 
-        def read(kind: str, name: str, box: Box, out: torch.Tensor) -> None:
-            out.copy_(tensors[kind, name][box.within(whole(tuple(tensors[kind, name].shape)))])
-
-        path = write_checkpoint(
-            folder or tmp_path / "step_000007",
-            kinds=KINDS,
-            shapes={name: tuple(value.shape) for (kind, name), value in tensors.items() if kind == "param"},
-            read=read,
-            config=config,
-            step=7,
-            optimizer_step=7,
-            state={"step": 7},
-            inputs={},
-        )
-        return path, tensors
-
-    return write
+    write_checkpoint(
+        folder,
+        kinds=KINDS,
+        shapes={name: tuple(value.shape) for (kind, name), value in tensors.items() if kind == "param"},
+        read=read,
+        config=config,
+        step=7,
+        optimizer_step=7,
+        state={"step": 7},
+        inputs={},
+    )
+    return tensors
 
 
 def assert_holds(folder: Path, tensors: dict[tuple[str, str], torch.Tensor]) -> None:
