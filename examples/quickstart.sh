@@ -36,7 +36,7 @@ cores="$(python -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os,
 train="examples/data/train-*.tar"
 heldout="examples/data/heldout-*.tar"
 config=examples/configs/quickstart.yaml
-steps=1600 # train.steps of the config
+steps=1400 # train.steps of the config
 tokenizer_overrides=() retriever_flags=() report_flags=() train_overrides=()
 if [[ "$budget" == small ]]; then
   steps=10
@@ -106,7 +106,7 @@ step "training, first part" "train/checkpoints/step_$(printf %06d "$stop_at")/ma
 step "training, resumed" "train/checkpoints/step_$(printf %06d "$steps")/manifest.json" \
   launch 2 "$config" "${train_overrides[@]}" checkpoint.resume=required
 step "export" hf/megacm3.json \
-  python tools/convert_checkpoint.py to-hf --checkpoint "$output/train" --output "$output/hf"
+  python tools/convert_checkpoint.py to-hf --checkpoint "$output/train" --output "$output/hf" --overwrite
 step "held-out perplexity" perplexity.json \
   python tools/evaluate.py --model "$output/hf" --task perplexity --input "$output/store_heldout" \
   --output "$output/perplexity.json"
