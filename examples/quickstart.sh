@@ -37,7 +37,7 @@ train="examples/data/train-*.tar"
 heldout="examples/data/heldout-*.tar"
 config=examples/configs/quickstart.yaml
 steps=1400 # train.steps of the config
-tokenizer_overrides=() retriever_flags=() report_flags=() train_overrides=()
+tokenizer_overrides=() retriever_flags=(--steps 200) report_flags=() train_overrides=()
 if [[ "$budget" == small ]]; then
   steps=10
   tokenizer_overrides=(train.steps=10 train.seconds=10 quantizer.start=2)
@@ -98,7 +98,7 @@ step "held-out store" store_heldout/manifest.json \
   --image-tokenizer "$output/image_tokenizer" --output "$output/store_heldout"
 step "memory bank" bank/manifest.json \
   python tools/build_memory_bank.py --store "$output/store" --input "$train" --encoder "$output/encoder" \
-  --output "$output/bank"
+  --shard-size 256 --output "$output/bank"
 step "neighbours" neighbours/manifest.json \
   python tools/find_neighbours.py --bank "$output/bank" --encoder "$output/encoder" --output "$output/neighbours"
 step "training, first part" "train/checkpoints/step_$(printf %06d "$stop_at")/manifest.json" \
