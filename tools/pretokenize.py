@@ -58,6 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
     if any(not value for value in slurm.values()):
         raise ConfigError(f"--slurm {' '.join(given.slurm)}; expected KEY=VALUE")
 
+    from megacm3.data.executors import ExecutorOptions
     from megacm3.data.pretokenize import PretokenizeOptions, pretokenize
     from megacm3.data.units import UnitSettings
 
@@ -71,18 +72,14 @@ def main(arguments: list[str] | None = None) -> int:
             image_tokenizer=given.image_tokenizer,
             output=given.output,
             settings=settings,
-            executor=given.executor,
-            workers=given.workers,
-            threads=given.threads,
-            device=given.device,
+            where=ExecutorOptions(given.executor, given.workers, given.threads, given.device, slurm),
             max_reject_rate=given.max_reject_rate,
             rows_per_unit=given.rows_per_unit,
             overwrite=given.overwrite,
-            slurm=slurm,
         )
     )
     if report.submitted:
-        print("submitted to Slurm; run the same command again when the job is done, to put the store together")
+        print(f"{report.submitted}; run the same command again when it is done, to put the store together")
         return 0
     rejects = ", ".join(f"{count} {reason}" for reason, count in sorted(report.rejects.items())) or "none"
     rate = (

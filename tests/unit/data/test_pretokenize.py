@@ -1,7 +1,9 @@
 """Pretokenization: right pairs, the same bytes for any workers and after any kill, named rejects, clear refusals."""
 
 import io
+import multiprocessing
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -14,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+from megacm3.data.executors import ExecutorOptions
 from megacm3.data.images import open_image, prepare_image
 from megacm3.data.pretokenize import PretokenizeOptions, pretokenize
 from megacm3.data.store import Store, verify_store
@@ -59,6 +62,8 @@ def shards(tmp_path_factory):
 
 def options(tokenizers, inputs, output, **changes):
     given = {"workers": 1, "threads": 2, "settings": UnitSettings(batch=4)} | changes
+    where = {name: given.pop(name) for name in ("executor", "workers", "threads", "device", "slurm") if name in given}
+    given["where"] = ExecutorOptions(**where)
     text, image = str(tokenizers / "text"), str(tokenizers / "image")
     return PretokenizeOptions((str(inputs),), text, image, str(output), **given)
 
@@ -238,20 +243,28 @@ def test_text_only_and_interleaved(tokenizers, tmp_path):
     assert (one == again).mean() > 0.9
 
 
-def test_full_disk_is_a_clear_error(tokenizers, tmp_path):
+def on_a_full_disk(given, answer):
     # A file size limit stands in for a full disk: the kernel refuses the write in the same way.
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500))
+    try:
+        pretokenize(given)
+        answer.send("nothing")
+    except Exception as fault:
+        answer.send((type(fault).__name__, str(fault)))
+
+
+def test_full_disk_is_a_clear_error(tokenizers, tmp_path):
     inputs = write_tar(tmp_path / "in" / "a.tar", pairs(0, 6))
-    code = (
-        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); sys.argv = sys.argv[1:];"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500)); import runpy;"
-        "runpy.run_path(sys.argv[0], run_name='__main__')"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, *command(tokenizers, inputs, tmp_path / "store", "--workers", "1")[1:]],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 3, done.stderr
-    assert "Traceback" not in done.stderr and "error: " in done.stderr and not (tmp_path / "store").exists()
+    here, there = multiprocessing.Pipe()
+    given = options(tokenizers, inputs, tmp_path / "store")
+    child = multiprocessing.get_context("fork").Process(target=on_a_full_disk, args=(given, there))
+    child.start()
+    name, message = here.recv()
+    child.join()
+    assert name == "DataError" and "File too large" in message
+    assert not (tmp_path / "store").exists()
+    assert pretokenize(given).documents == 6
 
 
 @pytest.mark.parametrize(
@@ -269,6 +282,62 @@ def test_bad_flags(tokenizers, shards, tmp_path, changes, message):
     with pytest.raises(ConfigError, match=message):
         pretokenize(options(tokenizers, shards, tmp_path / "store", **changes))
     assert not (tmp_path / "store").exists()
+
+
+SBATCH = """#!/bin/bash
+# Runs a job script here and now, one array task after the other, as a Slurm of one node would.
+script="${@: -1}"
+echo "$@" >> "$SLURM_FAKE/calls"
+cp "$script" "$SLURM_FAKE/$(wc -l < "$SLURM_FAKE/calls").sh"
+tasks=$(sed -n 's/^#SBATCH --array=0-\\([0-9]*\\).*/\\1/p' "$script")
+if ! grep -q merge_stats "$script"; then
+  for task in $(seq 0 "$tasks"); do
+    RUN_OFFSET=0 SLURM_ARRAY_TASK_ID=$task SLURM_NODELIST=here bash "$script" > "$SLURM_FAKE/task-$task.log" 2>&1
+  done
+fi
+echo "Submitted batch job 42"
+"""
+
+
+@pytest.mark.long
+def test_slurm(tokenizers, shards, reference, tmp_path, monkeypatch):
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    answers = {
+        "sbatch": SBATCH,
+        "srun": '#!/bin/bash\nshift 3\nexec "$@"\n',
+        "squeue": "#!/bin/bash\ncat $SLURM_FAKE/queue\n",
+    }
+    answers["scontrol"] = "#!/bin/bash\necho here\n"
+    for name, text in answers.items():
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755)
+    (tmp_path / "queue").write_text("")
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_FAKE", str(tmp_path))
+    given = {"executor": "slurm", "slurm": {"partition": "gpu", "account": "me", "time": "01:00:00"}, "workers": 3}
+    report = pretokenize(options(tokenizers, shards / "*.tar", tmp_path / "store", **given))
+    assert "submitted" in report.submitted and not (tmp_path / "store").exists()
+    script = (tmp_path / "1.sh").read_text()
+    for line in ("--partition=gpu", "--account=me", "--time=01:00:00", "--array=0-3%3"):
+        assert f"#SBATCH {line}" in script, script
+    (tmp_path / "queue").write_text("42 gpu pretokenize R\n")
+    assert "42 is still" in pretokenize(options(tokenizers, shards / "*.tar", tmp_path / "store", **given)).submitted
+    (tmp_path / "queue").write_text("")
+    report = pretokenize(options(tokenizers, shards / "*.tar", tmp_path / "store", **given))
+    assert report.documents == 30, (tmp_path / "task-0.log").read_text()
+    assert same(reference, tmp_path / "store")
+
+
+def test_two_runs_at_once_are_refused(tokenizers, shards, tmp_path):
+    import fcntl
+
+    work = tmp_path / "store.work"
+    work.mkdir()
+    with open(work / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(DataError, match="another process is at work"):
+            pretokenize(options(tokenizers, shards, tmp_path / "store"))
 
 
 def test_bad_folders(tokenizers, shards, tmp_path):
