@@ -1,7 +1,7 @@
 """Chameleon's text tokenizer: a `tokenizers` JSON whose table holds text, image codes by name, and special tokens.
 
 The released file is read, and one of the same shape can be trained. Whatever the file says, text never becomes a
-special or an image id: added tokens are taken out before encoding, and names without merges cannot be reached by merges.
+special or an image id: added tokens are taken out before encoding, and names that have no merges stay out of reach.
 """
 
 import json
@@ -99,7 +99,7 @@ def train_chameleon(texts: Iterable[str], vocab_size: int) -> str:
 
 
 def read_released(path: str | Path) -> str:
-    """The text of a tokenizer JSON. Raises DataError when it is missing, no such JSON, or lacks an image code's name."""
+    """The text of a tokenizer JSON. Raises DataError when it is missing, none, or lacks an image code's name."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as fault:

@@ -7,15 +7,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from megacm3.data.images import ImageLimits
 from megacm3.data.sources import find_shards, identify
 from megacm3.errors import DataError
 from megacm3.files import read_json, read_manifest, sha256_json
 from megacm3.tokenizers.image import KIND
 from megacm3.tokenizers.image_config import ImageTokenizerConfig
-from megacm3.tokenizers.pictures import prepare_pictures
+from megacm3.tokenizers.pictures import Pictures, open_pictures, prepare_pictures
 
 
 def run_job(
@@ -89,9 +87,10 @@ def _drop_other_state(work: Path, job: str) -> None:
         (work / "state.pt").unlink()
 
 
-def _wait_for(folder: Path, job: str, size: int, most: int) -> np.ndarray:
+def _wait_for(folder: Path, job: str, size: int, most: int) -> Pictures:
     # Ranks other than 0 take what rank 0 prepares; they share its file system.
-    facts = folder / "pictures.json"
-    while not (facts.is_file() and {"job": job, "size": size, "most": most}.items() <= read_json(facts).items()):
+    while True:
+        pictures = open_pictures(folder, job=job, size=size, most=most)
+        if pictures is not None:
+            return pictures
         time.sleep(0.5)
-    return np.memmap(folder / "pictures.u8", np.uint8, "r", shape=(read_json(facts)["count"], size, size, 3))

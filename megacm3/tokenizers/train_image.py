@@ -30,11 +30,14 @@ from megacm3.tokenizers.image import ImageTokenizer, save_image_tokenizer, to_un
 from megacm3.tokenizers.image_config import ImageTokenizerConfig, NetworkConfig, QuantizerConfig
 from megacm3.tokenizers.image_losses import FeatureDistance, PatchDiscriminator, adaptive_weight, discriminator_loss
 from megacm3.tokenizers.image_metrics import evaluate, reconstruction_grid
+from megacm3.tokenizers.pictures import Pictures
 
 logger = logging.getLogger(__name__)
 
 _GRID_PICTURES = 16
 _LOG_SECONDS = 10.0
+_LATENTS_PER_CODE, _START_BATCHES = 8, 64
+"""Latents for each code that k-means starts from, and the batches that are encoded for them at most."""
 
 
 def build_network(config: NetworkConfig) -> VQModel:
@@ -78,7 +81,7 @@ def build_quantizer(config: QuantizerConfig, network: NetworkConfig, latents: in
 class Trainer:
     """The state of a training run and its step."""
 
-    def __init__(self, config: ImageTokenizerConfig, pictures: np.ndarray, work: Path) -> None:
+    def __init__(self, config: ImageTokenizerConfig, pictures: Pictures, work: Path) -> None:
         self.config, self.pictures, self.work = config, pictures, work
         self.world = int(os.environ.get("WORLD_SIZE", 1))
         self.rank = int(os.environ.get("RANK", 0))
@@ -123,8 +126,8 @@ class Trainer:
             * (train.final_lr + (1 - train.final_lr) * cosine)
         )
 
-    def batch(self, step: int) -> Tensor:
-        """uint8 [batch / ranks, s, s, 3]: this rank's pictures of a step; each epoch is a keyed permutation."""
+    def rows(self, step: int) -> np.ndarray:
+        """int64 [batch / ranks]: this rank's pictures of a step; each epoch is a keyed permutation."""
         train, count = self.config.train, len(self.pictures)
         places = np.arange(step * train.batch, (step + 1) * train.batch)[self.rank :: self.world]
         rows = []
@@ -132,15 +135,40 @@ class Trainer:
             generator = np.random.Generator(np.random.PCG64(seed_from("pictures", train.seed, int(epoch))))
             order = generator.permutation(count)
             rows.append(order[places[places // count == epoch] % count])
-        return torch.from_numpy(self.pictures[np.concatenate(rows)])
+        return np.concatenate(rows)
+
+    def batch(self, step: int) -> Tensor:
+        """uint8 [batch / ranks, s, s, 3]: this rank's pictures of a step."""
+        return torch.from_numpy(self.pictures.pixels[self.rows(step)])
+
+    def weights(self, step: int) -> Tensor:
+        """float32 [batch / ranks, 1, s, s]: 1, and more inside regions, for a step's pixels."""
+        size, share = self.config.network.image_size, self.config.loss.regions
+        boxes = torch.from_numpy(self.pictures.regions[self.rows(step)])[..., None, None]
+        place = torch.arange(size) + 0.5
+        across = (boxes[:, :, 0] <= place) & (place < boxes[:, :, 2])
+        down = (boxes[:, :, 1] <= place[:, None]) & (place[:, None] < boxes[:, :, 3])
+        return 1 + share * (boxes[:, :, 4] * (across & down)).sum(1, keepdim=True)
 
     def reconstruct(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """float [n, 3, s, s] -> (reconstruction, commitment loss)."""
         latents = self.network.encode(x).latents
         if self.step < self.config.quantizer.start:
             return self.network.decode(latents, force_not_quantize=True).sample, latents.new_zeros(())
+        if self.step == self.config.quantizer.start and self.config.quantizer.kmeans:
+            self._start_codebook(latents)
         quantized, _, commitment = self.quantizer(latents)
         return self.network.decode(quantized, force_not_quantize=True).sample, commitment.sum()
+
+    @torch.no_grad()
+    def _start_codebook(self, latents: Tensor) -> None:
+        # One batch may hold fewer latents than there are codes; k-means wants several for each.
+        need = _LATENTS_PER_CODE * self.config.network.codebook_size // self.world
+        found, step = [latents], self.step
+        while sum(part.numel() // part.shape[1] for part in found) < need and len(found) < _START_BATCHES:
+            step += 1
+            found.append(self.network.encode(to_unit(self.batch(step).to(self.device))).latents)
+        self.quantizer(torch.cat(found))
 
     def train_step(self) -> dict[str, float]:
         """One optimizer step; gives the losses. Raises Diverged when a loss is not finite."""
@@ -149,7 +177,8 @@ class Trainer:
         loss = self.config.loss
         x = to_unit(self.batch(self.step).to(self.device))
         y, commitment = self.reconstruct(x)
-        pixels = loss.l1 * (x - y).abs().mean() + loss.l2 * (x - y).square().mean()
+        weights = self.weights(self.step).to(self.device) if loss.regions else 1.0
+        pixels = loss.l1 * (weights * (x - y).abs()).mean() + loss.l2 * (weights * (x - y).square()).mean()
         if self.features is not None:
             pixels = pixels + loss.perceptual * self.features(x, y)
         total = pixels + commitment
@@ -273,15 +302,15 @@ def _agree(seconds: float, trainer: Trainer) -> float:
 
 def train_image_tokenizer(
     config: ImageTokenizerConfig,
-    pictures: np.ndarray,
+    pictures: Pictures,
     output: str | Path,
     *,
     job: str,
     inputs: dict[str, str] | None = None,
-    held_out: np.ndarray | None = None,
+    held_out: Pictures | None = None,
     replace: bool = False,
 ) -> dict[str, Any]:
-    """Train on pictures uint8 [n, s, s, 3], continue where a stopped run of the same `job` was, write `output`.
+    """Train on pictures, continue where a stopped run of the same `job` was, write the folder `output`.
 
     The state lies in `output`.work until then. The folder gets report.json (also returned) and reconstructions.png, of
     `held_out` pictures where given. Raises Stopped on Ctrl-C, Diverged, DataError.
@@ -301,17 +330,17 @@ def train_image_tokenizer(
 
 
 def _finish(
-    trainer: Trainer, output: str | Path, job: str, inputs: dict[str, str], held_out: np.ndarray | None, replace: bool
+    trainer: Trainer, output: str | Path, job: str, inputs: dict[str, str], held_out: Pictures | None, replace: bool
 ) -> dict[str, Any]:
-    config, pictures = trainer.config, trainer.pictures
+    config, pictures = trainer.config, trainer.pictures.pixels
     network = trainer.finish()
     tokenizer = ImageTokenizer(network, config.network.image_size, "")
     report = {"steps": trainer.step, "seconds": round(trainer.elapsed, 1)}
     report["training"] = evaluate(tokenizer, pictures, _sample(len(pictures), config))
     shown = pictures[_sample(len(pictures), config)[:_GRID_PICTURES]]
     if held_out is not None:
-        report["held_out"] = evaluate(tokenizer, held_out, _sample(len(held_out), config))
-        shown = held_out[_sample(len(held_out), config)[:_GRID_PICTURES]]
+        report["held_out"] = evaluate(tokenizer, held_out.pixels, _sample(len(held_out), config))
+        shown = held_out.pixels[_sample(len(held_out), config)[:_GRID_PICTURES]]
     extra = {
         "report.json": (json.dumps(report, indent=1) + "\n").encode(),
         "reconstructions.png": reconstruction_grid(tokenizer, np.ascontiguousarray(shown)),

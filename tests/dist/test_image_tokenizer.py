@@ -7,6 +7,7 @@ import torch
 
 from megacm3.tokenizers.image import ImageTokenizer
 from megacm3.tokenizers.image_config import load_image_config
+from megacm3.tokenizers.pictures import Pictures
 from megacm3.tokenizers.train_image import Trainer, _ranks, train_image_tokenizer
 from tests.helpers.distributed import run_distributed
 
@@ -18,9 +19,9 @@ SMALL = [
 
 
 def pictures():
-    """uint8 [20, 32, 32, 3]"""
+    """20 pictures of 32 pixels"""
     small = np.random.default_rng(0).integers(0, 256, (20, 4, 4, 3), dtype=np.uint8)
-    return small.repeat(8, 1).repeat(8, 2)
+    return Pictures(small.repeat(8, 1).repeat(8, 2), np.zeros((20, 8, 5), np.float32))
 
 
 def run(folder: str, overrides: list[str], steps: int = 3) -> tuple[dict, dict]:

@@ -6,14 +6,17 @@ import numpy as np
 import pytest
 import torch
 
+from megacm3.data.images import Reject, open_image, prepare_image
+from megacm3.data.sources import find_shards
 from megacm3.errors import ConfigError, DataError
 from megacm3.files import read_manifest
 from megacm3.tokenizers import image_metrics
 from megacm3.tokenizers.image import ImageTokenizer
 from megacm3.tokenizers.image_config import load_image_config
 from megacm3.tokenizers.image_losses import FeatureDistance, PatchDiscriminator, adaptive_weight, discriminator_loss
+from megacm3.tokenizers.pictures import Pictures, crop_regions, prepare_pictures
 from megacm3.tokenizers.train_image import Trainer, train_image_tokenizer
-from tests.unit.data.makers import picture
+from tests.unit.data.makers import pairs, picture, write_tar
 
 SMALL = [
     "network.image_size=16", "network.channels=[8,16]", "network.layers_per_block=1", "network.middle_attention=false",
@@ -24,9 +27,8 @@ SMALL = [
 
 @pytest.fixture(scope="module")
 def pictures():
-    from megacm3.data.images import open_image, prepare_image
-
-    return np.stack([prepare_image(open_image(picture(n)), 16) for n in range(20)])
+    pixels = np.stack([prepare_image(open_image(picture(n)), 16) for n in range(20)])
+    return Pictures(pixels, np.zeros((20, 8, 5), np.float32))
 
 
 def weights(folder):
@@ -37,7 +39,9 @@ def weights(folder):
 
 def test_it_learns_and_uses_its_codes(pictures, tmp_path):
     config = load_image_config(None, [*SMALL, "train.steps=60"])
-    report = train_image_tokenizer(config, pictures, tmp_path / "t", job="a", held_out=pictures[:4])
+    report = train_image_tokenizer(
+        config, pictures, tmp_path / "t", job="a", held_out=Pictures(pictures.pixels[:4], pictures.regions[:4])
+    )
     assert report["training"]["psnr"] > 13 and report["training"]["codes_used"] > 0.5
     assert report["held_out"]["pictures"] == 4
     assert json.loads((tmp_path / "t" / "report.json").read_text()) == report
@@ -46,13 +50,14 @@ def test_it_learns_and_uses_its_codes(pictures, tmp_path):
     assert manifest.settings["image_size"] == 16 and manifest.settings["grid"] == [8, 8]
     # The frozen network finds the codes that training used.
     tokenizer = ImageTokenizer.load(tmp_path / "t")
-    assert image_metrics.evaluate(tokenizer, pictures, np.arange(20))["psnr"] == report["training"]["psnr"]
+    assert image_metrics.evaluate(tokenizer, pictures.pixels, np.arange(20))["psnr"] == report["training"]["psnr"]
 
 
 @pytest.mark.parametrize("extra", [[], ["loss.adversarial=0.5", "loss.adversarial_start=3"]])
 def test_a_stopped_run_continues_exactly(pictures, tmp_path, extra):
     if extra:
-        extra, pictures = [*extra, "network.image_size=32"], pictures.repeat(2, 1).repeat(2, 2)
+        extra = [*extra, "network.image_size=32"]
+        pictures = Pictures(pictures.pixels.repeat(2, 1).repeat(2, 2), pictures.regions)
     config = load_image_config(None, [*SMALL, *extra])
     train_image_tokenizer(config, pictures, tmp_path / "straight", job="a")
     trainer = Trainer(config, pictures, tmp_path / "stopped.work")
@@ -95,7 +100,7 @@ def test_batches_cover_each_epoch_and_ranks_split_them(pictures, tmp_path, monke
     config = load_image_config(None, [*SMALL, "train.batch=4"])
     one = Trainer(config, pictures, tmp_path)
     seen = torch.cat([one.batch(step) for step in range(5)])
-    assert sorted(p.numpy().tobytes() for p in seen) == sorted(p.tobytes() for p in pictures)
+    assert sorted(p.numpy().tobytes() for p in seen) == sorted(p.tobytes() for p in pictures.pixels)
     halves = []
     for rank in "01":
         monkeypatch.setenv("WORLD_SIZE", "2")
@@ -199,3 +204,33 @@ def test_metrics():
 def test_strict_settings(override, message):
     with pytest.raises(ConfigError, match=message):
         load_image_config(None, [override])
+
+
+def test_pictures_are_prepared_once(tmp_path):
+    path = write_tar(tmp_path / "a.tar", pairs(0, 5))
+    shards = find_shards(str(path))
+    made = prepare_pictures(shards, 16, tmp_path / "work", job="a")
+    assert made.pixels.shape == (5, 16, 16, 3) and not made.regions.any()
+    assert np.array_equal(made.pixels[3], prepare_image(open_image(picture(3)), 16))
+    before = (tmp_path / "work" / "pictures.u8").stat().st_mtime_ns
+    prepare_pictures(shards, 16, tmp_path / "work", job="a")
+    assert (tmp_path / "work" / "pictures.u8").stat().st_mtime_ns == before
+    assert len(prepare_pictures(shards, 16, tmp_path / "work", job="b", most=2)) == 2
+    write_tar(path, [*pairs(0, 3), ("b.png", b"garbage"), ("b.txt", b"x")])
+    with pytest.raises(DataError, match=r"1 of 4 rows rejected \(1 unknown_format\)"):
+        prepare_pictures(find_shards(str(path)), 16, tmp_path / "work", job="c")
+
+
+def test_regions_follow_the_crop_and_weigh_pixels(tmp_path):
+    # 200 x 100 becomes 32 x 16, then the middle 16 x 16: x loses 8.
+    regions = crop_regions([[100, 0, 200, 50, 3.0], [0, 0, 60, 100]], (200, 100), 16)
+    assert regions[0].tolist() == [8, 0, 16, 8, 3] and regions[1].tolist() == pytest.approx([0, 0, 1.6, 16, 1])
+    assert not regions[2:].any() and not crop_regions(None, (5, 5), 16).any()
+    for bad in ("face", [[1, 2, 3]], [[0, 0, 1, float("nan")]], 5):
+        with pytest.raises(Reject, match="bad_regions"):
+            crop_regions(bad, (200, 100), 16)
+    config = load_image_config(None, [*SMALL, "loss.regions=2", "train.batch=1"])
+    trainer = Trainer(config, Pictures(np.zeros((1, 16, 16, 3), np.uint8), regions[None]), tmp_path)
+    weights = trainer.weights(0)
+    assert weights.shape == (1, 1, 16, 16)
+    assert weights[0, 0, 4, 12] == 7 and weights[0, 0, 12, 12] == 1 and weights[0, 0, 12, 0] == 3
