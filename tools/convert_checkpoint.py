@@ -28,7 +28,12 @@ def _parser() -> argparse.ArgumentParser:
     to_hf.add_argument("--overwrite", action="store_true", help="replace an earlier export once the new one is whole")
 
     from_hf = commands.add_parser("from-hf", help="Hugging Face folder -> native checkpoint")
-    from_hf.add_argument("--model", required=True, metavar="DIR")
+    from_hf.add_argument(
+        "--model", required=True, metavar="DIR", help="of transformers' form, or Meta's consolidated.*.pth"
+    )
+    from_hf.add_argument(
+        "--trust-pickle", action="store_true", help="read .pth files, which can run code of their maker"
+    )
 
     reshard = commands.add_parser("reshard", help="native checkpoint -> the same in another layout")
     reshard.add_argument("--checkpoint", required=True, metavar="DIR")

@@ -11,7 +11,8 @@ from megacm3.checkpoint.pieces import PARAM
 from megacm3.checkpoint.reader import Checkpoint
 from megacm3.checkpoint.reshard import config_of, find_step, reshard
 from megacm3.convert.export_weights import weight_bytes
-from megacm3.convert.from_hf import from_hf
+from megacm3.convert.from_hf import from_hf, opened
+from megacm3.convert.meta import MetaFolder
 from megacm3.convert.to_hf import Export, to_hf
 from megacm3.convert.verify import Verdict, compare
 
@@ -45,7 +46,9 @@ def to_hf_command(given: argparse.Namespace) -> list[str]:
 
     def gate(folder: Path) -> None:
         if not given.no_gate:
-            verdicts.append(compare(export.checkpoint, export.config, folder, export.source_kind, export.dtype))
+            verdicts.append(
+                compare(export.checkpoint, export.config, folder, kind=export.source_kind, dtype=export.dtype)
+            )
 
     total = weight_bytes(export)
     with _bytes_written(total) as done:
@@ -67,13 +70,16 @@ def from_hf_command(given: argparse.Namespace) -> list[str]:
     begun = time.monotonic()
     verdicts: list[Verdict] = []
 
-    def gate(folder: Path) -> None:
-        if not given.no_gate:
-            checkpoint = Checkpoint(folder)
-            verdicts.append(compare(checkpoint, config_of(checkpoint.config, 1, 1), Path(given.model)))
+    with opened(given.model, given.output, trust_pickle=given.trust_pickle) as source:
 
-    with _bytes_written(sum(path.stat().st_size for path in Path(given.model).glob("*.safetensors"))) as done:
-        path = from_hf(given.model, given.output, given.tensor, given.pipeline, gate=gate, done=done)
+        def gate(folder: Path) -> None:
+            if not given.no_gate:
+                checkpoint, own = Checkpoint(folder), source if isinstance(source, MetaFolder) else None
+                verdicts.append(compare(checkpoint, config_of(checkpoint.config, 1, 1), source.folder, own))
+
+        total = sum(dtype.itemsize * whole(shape).numel for _, dtype, shape in source.tensors.values())
+        with _bytes_written(total) as done:
+            path = from_hf(source, given.output, given.tensor, given.pipeline, gate=gate, done=done)
     gate_line = _told(verdicts[0]) if verdicts else "the logits were not compared (--no-gate)"
     layout = f"tensor {given.tensor} x pipeline {given.pipeline}"
     return [f"{path}: {layout}, in {time.monotonic() - begun:.1f} s", gate_line]

@@ -3,7 +3,9 @@
 import dataclasses
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -15,7 +17,8 @@ from megacm3.checkpoint.tensors import CODES, Entry, in_file_order, write_tensor
 from megacm3.config import Config, ModelConfig
 from megacm3.convert.configs import SIDECAR, from_hf_config
 from megacm3.convert.export_weights import EXTRAS
-from megacm3.convert.folder import HfFolder
+from megacm3.convert.folder import HfFolder, Source
+from megacm3.convert.meta import MetaFolder, is_meta_folder
 from megacm3.convert.names import OPT_OFFSET, Name, head_rows, names
 from megacm3.errors import CheckpointError
 from megacm3.files import read_json
@@ -26,8 +29,20 @@ KEPT = ("model.vqmodel.",)
 """Prefixes of tensors that go to `EXTRAS`: the image tokenizer. So do the unused rows of OPT's positions."""
 
 
+@contextmanager
+def opened(model: str | Path, output: str | Path, *, trust_pickle: bool = False) -> Iterator[Source]:
+    """The folder to import: of transformers' form or, unpickled beside the output meanwhile, of Meta's."""
+    folder, output = Path(model), Path(output)
+    if not is_meta_folder(folder):
+        yield HfFolder(folder)
+        return
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as scratch:
+        yield MetaFolder(folder, Path(scratch), trust_pickle=trust_pickle)
+
+
 def from_hf(
-    model: str | Path,
+    source: Source,
     output: str | Path,
     tensor: int = 1,
     pipeline: int = 1,
@@ -38,7 +53,6 @@ def from_hf(
 
     gate: sees the finished folder under a temporary name, and may refuse it by raising.
     """
-    source = HfFolder(model)
     kind, fields = from_hf_config(source.config, str(source.folder / "config.json"))
     fields |= {"qk_norm_groups": _groups(source, kind, ModelConfig(**fields))}
     shape = ModelConfig(**fields)
@@ -72,7 +86,7 @@ def _train_dtype(dtype: torch.dtype) -> str:
     return "fp32" if dtype == torch.float32 else "bf16"
 
 
-def _one_dtype(source: HfFolder, table: list[Name]) -> torch.dtype:
+def _one_dtype(source: Source, table: list[Name]) -> torch.dtype:
     by_dtype: dict[torch.dtype, str] = {}
     for name in table:
         by_dtype.setdefault(source.tensors[name.hf][1], name.hf)
@@ -85,7 +99,7 @@ def _one_dtype(source: HfFolder, table: list[Name]) -> torch.dtype:
     return dtype
 
 
-def _vocabulary(source: HfFolder) -> dict[str, Any]:
+def _vocabulary(source: Source) -> dict[str, Any]:
     """The table of ids: from the folder's megacm3.json, else from a Chameleon config; nothing where neither has it."""
     path, config = source.folder / SIDECAR, source.config
     if path.is_file():
@@ -95,11 +109,11 @@ def _vocabulary(source: HfFolder) -> dict[str, Any]:
         return {}
     vq = config.get("vq_config") or {}
     side = vq.get("resolution", 512) >> (len(vq.get("channel_multiplier", (1, 1, 2, 2, 4))) - 1)
-    codes = vq.get("num_embeddings", 8192)
+    codes = sum(name.startswith("IMGIMG") and name.endswith("Z") for name in ids)
     return {"vocabulary": Vocabulary.chameleon(config["vocab_size"], codes, side * side, ids).to_json()}
 
 
-def _groups(source: HfFolder, kind: str, model: ModelConfig) -> int:
+def _groups(source: Source, kind: str, model: ModelConfig) -> int:
     """The fewest rows of q/k norm that hold the per-head rows of the folder exactly: equal rows share one."""
     if kind != "chameleon":
         return 1
@@ -119,7 +133,7 @@ def _fits(rows: torch.Tensor, groups: int) -> bool:
     return torch.equal(first[head_rows(groups, heads)], rows)
 
 
-def _read_logical(source: HfFolder, name: Name, box: Box, out: torch.Tensor) -> None:
+def _read_logical(source: Source, name: Name, box: Box, out: torch.Tensor) -> None:
     if name.form == "positions":
         box = Box((box.offset[0] + OPT_OFFSET, box.offset[1]), box.shape)
     if name.form == "vector":
@@ -132,7 +146,7 @@ def _read_logical(source: HfFolder, name: Name, box: Box, out: torch.Tensor) -> 
         source.read(name.hf, box, out)
 
 
-def _write_extras(path: Path, source: HfFolder, table: list[Name]) -> dict[str, dict[str, Any]]:
+def _write_extras(path: Path, source: Source, table: list[Name]) -> dict[str, dict[str, Any]]:
     """Tensors that our model does not have, as they are; nothing is written where there are none."""
     known = {name.hf for name in table}
     boxes = {name: whole(entry[2]) for name, entry in source.tensors.items() if name not in known}

@@ -20,7 +20,9 @@ from megacm3.checkpoint.boxes import Box
 from megacm3.checkpoint.pieces import PARAM
 from megacm3.checkpoint.reader import Checkpoint
 from megacm3.config import Config
+from megacm3.convert.configs import CLASSES
 from megacm3.convert.folder import HfFolder
+from megacm3.convert.meta import MetaFolder, meta_logits
 from megacm3.errors import CheckpointError, Megacm3Error
 from megacm3.parallel.cpu import prepare
 
@@ -155,6 +157,15 @@ def hf_logits(folder: Path, batches: list[torch.Tensor]) -> list[torch.Tensor]:
     return [model(input_ids=batch, use_cache=False).logits.float() for batch in batches]
 
 
+def _class(config: Any) -> Any:
+    """The class that a config names, or the one of the table where it names a fork's."""
+    import transformers
+
+    return getattr(transformers, (config.architectures or [""])[0], None) or getattr(
+        transformers, CLASSES[config.model_type]
+    )
+
+
 def _empty_model(folder: Path) -> Any:
     import transformers
     from accelerate import init_empty_weights
@@ -162,7 +173,7 @@ def _empty_model(folder: Path) -> Any:
     transformers.utils.logging.disable_progress_bar()
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     with init_empty_weights(include_buffers=False):
-        model = getattr(transformers, config.architectures[0])(config)
+        model = _class(config)(config)
     model.eval().float()
     mapping = getattr(model.model, "vocabulary_mapping", None)
     if mapping is not None:
@@ -194,9 +205,7 @@ def check_loading(folder: Path) -> None:
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-    _, info = getattr(transformers, config.architectures[0]).from_pretrained(
-        folder, local_files_only=True, output_loading_info=True
-    )
+    _, info = _class(config).from_pretrained(folder, local_files_only=True, output_loading_info=True)
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info.get(what):
             raise CheckpointError(f"{folder}: transformers reports {what.replace('_', ' ')}: {sorted(info[what])[:4]}")
@@ -206,11 +215,14 @@ def compare(
     checkpoint: Checkpoint,
     config: Config,
     folder: Path,
+    source: MetaFolder | None = None,
     kind: str = PARAM,
     dtype: torch.dtype = torch.float32,
     tolerance: float = TOLERANCE,
 ) -> Verdict:
     """Run both sides on random and, where the run's store is there, real tokens. kind, dtype: as in `trainer_logits`.
+
+    source: the folder's own form of the model, where it is not of transformers'.
 
     Raises CheckpointError when a logit differs by more than `tolerance` of the largest one, or is not finite.
     """
@@ -218,7 +230,8 @@ def compare(
     batches = [random_batch(config.model.vocab_size, length)]
     real = real_batch(config, checkpoint.state, length)
     batches += [] if real is None else [real]
-    ours, theirs = trainer_logits(checkpoint, config, batches, kind, dtype), hf_logits(folder, batches)
+    ours = trainer_logits(checkpoint, config, batches, kind, dtype)
+    theirs = hf_logits(folder, batches) if source is None else meta_logits(source, batches)
     largest = 0.0
     for a, b in zip(ours, theirs, strict=True):
         top = float(a.abs().max())
@@ -229,8 +242,7 @@ def compare(
             f"the logits of {folder} differ from the trainer's by {largest:.2e} of the largest; "
             f"at most {tolerance:.0e} is rounding. Nothing was written"
         )
-    size = sum((folder / file).stat().st_size for file in {entry[0] for entry in HfFolder(folder).tensors.values()})
-    if size <= LOADED_WHOLE:
+    if source is None and sum(path.stat().st_size for path in folder.glob("*.safetensors")) <= LOADED_WHOLE:
         check_loading(folder)
     tokens = sum(batch.numel() for batch in batches)
     return Verdict(largest, tokens, ("random",) if real is None else ("random", "real"))

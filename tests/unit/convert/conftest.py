@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from megacm3.convert.from_hf import from_hf, opened
 from tests.helpers import tiny_models
 
 KINDS = ("opt", "llama", "qwen3", "chameleon", "swin")
@@ -62,3 +63,9 @@ def assert_byte_equal(first: Path, second: Path) -> None:
     for name, value in a.items():
         assert value.dtype == b[name].dtype and value.shape == b[name].shape, name
         assert torch.equal(value.view(torch.uint8), b[name].view(torch.uint8)), name
+
+
+def import_hf(folder: Path, output: Path, tensor: int = 1, pipeline: int = 1, **options: bool) -> Path:
+    """As the command does, without its gate."""
+    with opened(folder, output, **options) as source:
+        return from_hf(source, output, tensor, pipeline)

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from megacm3.convert.from_hf import from_hf
 from megacm3.convert.to_hf import Export, to_hf
 from megacm3.errors import CheckpointError, ConfigError, DataError
+from tests.unit.convert.conftest import import_hf
 
 Folders = Callable[[str], Path]
 
@@ -29,12 +29,12 @@ def change_tensors(folder: Path, change: Callable[[dict[str, Any]], None]) -> No
 
 def sharded(folder: Path, tmp_path: Path) -> Path:
     """The same weights in several shards, with their index."""
-    return to_hf(Export.of(from_hf(folder, tmp_path / "whole")), tmp_path / "sharded", shard_bytes=20_000)
+    return to_hf(Export.of(import_hf(folder, tmp_path / "whole")), tmp_path / "sharded", shard_bytes=20_000)
 
 
 def refused(folder: Path, tmp_path: Path, *told: str) -> None:
     with pytest.raises(CheckpointError) as caught:
-        from_hf(folder, tmp_path / "out")
+        import_hf(folder, tmp_path / "out")
     assert all(text in str(caught.value) for text in told), caught.value
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
 
@@ -146,12 +146,12 @@ def test_settings_that_the_layers_lack(
 
 def test_layouts_that_the_model_lacks(copy: Folders, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"parallel\.tensor = 4 is more than model\.kv_heads = 2"):
-        from_hf(copy("llama"), tmp_path / "out", 4, 1)
+        import_hf(copy("llama"), tmp_path / "out", 4, 1)
     assert not (tmp_path / "out").exists()
 
 
 def test_half_written_checkpoints_and_taken_outputs(copy: Folders, tmp_path: Path) -> None:
-    native = from_hf(copy("llama"), tmp_path / "native")
+    native = import_hf(copy("llama"), tmp_path / "native")
     with pytest.raises(DataError, match="exists already"):
         to_hf(Export.of(native), native)
     with pytest.raises(ConfigError, match="--dtype int8; expected one of float32, bfloat16, float16"):

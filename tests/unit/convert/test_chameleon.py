@@ -7,14 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from megacm3.convert.from_hf import from_hf
 from megacm3.convert.to_hf import Export, to_hf
 from megacm3.convert.twin import register
 from megacm3.convert.verify import compare
 from megacm3.convert.vq import VqModel
 from megacm3.tokenizers.vocabulary import Vocabulary
 from tests.helpers.checkpoints import tiny, write_random
-from tests.unit.convert.conftest import build, tensors
+from tests.unit.convert.conftest import build, import_hf, tensors
 
 Folders = Callable[[str], Path]
 
@@ -80,7 +79,7 @@ def _with_vocabulary(native: Path, vocabulary: Vocabulary) -> None:
 
 
 def _gate(export: Export, folder: Path) -> None:
-    assert compare(export.checkpoint, export.config, folder, export.source_kind, export.dtype).largest < 1e-5
+    assert compare(export.checkpoint, export.config, folder, kind=export.source_kind, dtype=export.dtype).largest < 1e-5
 
 
 def test_without_a_fitting_tokenizer_pictures_go_as_ids(
@@ -106,7 +105,7 @@ def test_tokenizers_that_the_class_cannot_hold(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["chameleon", "swin"])
 def test_the_twin_shows_all_logits_and_can_be_fine_tuned(kind: str, folders: Folders, tmp_path: Path) -> None:
-    output = to_hf(Export.of(from_hf(folders(kind), tmp_path / "native")), tmp_path / "hf", shard_bytes=50_000)
+    output = to_hf(Export.of(import_hf(folders(kind), tmp_path / "native")), tmp_path / "hf", shard_bytes=50_000)
     original = build(kind)
     twin, info = register().from_pretrained(output, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not hasattr(twin.model, "vqmodel")
@@ -131,7 +130,7 @@ def test_the_twin_is_remote_code_too(folders: Folders, tmp_path: Path) -> None:
     from transformers import AutoConfig
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-    output = to_hf(Export.of(from_hf(folders("chameleon"), tmp_path / "native")), tmp_path / "hf")
+    output = to_hf(Export.of(import_hf(folders("chameleon"), tmp_path / "native")), tmp_path / "hf")
     config = AutoConfig.from_pretrained(output)
     reference = config.auto_map["AutoModelForCausalLM"]
     assert config.model_type == "chameleon" and reference == "modeling_megacm3.MegaCM3ForCausalLM"

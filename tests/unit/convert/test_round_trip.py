@@ -10,11 +10,10 @@ import torch
 from megacm3.checkpoint import reshard as reshard_module
 from megacm3.checkpoint.reader import Checkpoint
 from megacm3.convert.export_weights import shards
-from megacm3.convert.from_hf import from_hf
 from megacm3.convert.to_hf import Export, to_hf
 from megacm3.convert.verify import TOLERANCE, compare, hf_logits, random_batch, trainer_logits
 from megacm3.errors import CheckpointError
-from tests.unit.convert.conftest import KINDS, assert_byte_equal, build, tensors
+from tests.unit.convert.conftest import KINDS, assert_byte_equal, build, import_hf, tensors
 
 Folders = Callable[[str], Path]
 
@@ -26,7 +25,7 @@ def test_byte_equal_at_every_layout(
     monkeypatch.setattr(reshard_module, "CHUNK", 2048)  # many chunks a tensor
     source = folders(kind)
     for tensor, pipeline in ((1, 1), (2, 1), (1, 2), (2, 2)):
-        native = from_hf(source, tmp_path / f"native{tensor}{pipeline}", tensor, pipeline)
+        native = import_hf(source, tmp_path / f"native{tensor}{pipeline}", tensor, pipeline)
         back = to_hf(Export.of(native), tmp_path / f"back{tensor}{pipeline}", shard_bytes=20_000)
         assert_byte_equal(source, back)
         before, after = (json.loads((folder / "config.json").read_text()) for folder in (source, back))
@@ -39,7 +38,7 @@ def test_logits_are_the_class_s_own(kind: str, dtype: str, tmp_path: Path) -> No
     """The reference here is the model object itself, not our streamed run of it."""
     model = build(kind).to(getattr(torch, dtype))
     model.save_pretrained(tmp_path / "hf")  # type: ignore[operator]
-    native = Checkpoint(from_hf(tmp_path / "hf", tmp_path / "native", 2, 1))
+    native = Checkpoint(import_hf(tmp_path / "hf", tmp_path / "native", 2, 1))
     config = Export.of(native.folder).config
     batch = random_batch(config.model.vocab_size, 96)
     (ours,), (streamed,) = trainer_logits(native, config, [batch]), hf_logits(tmp_path / "hf", [batch])
@@ -56,7 +55,7 @@ def test_logits_are_the_class_s_own(kind: str, dtype: str, tmp_path: Path) -> No
 
 
 def test_shards_are_cut_by_size_and_indexed(folders: Folders, tmp_path: Path) -> None:
-    native = from_hf(folders("qwen3"), tmp_path / "native")
+    native = import_hf(folders("qwen3"), tmp_path / "native")
     back = to_hf(Export.of(native), tmp_path / "back", shard_bytes=20_000)
     index = json.loads((back / "model.safetensors.index.json").read_text())
     files = sorted(path.name for path in back.glob("*.safetensors"))
@@ -77,7 +76,7 @@ def test_transformers_loads_and_generates(folders: Folders, tmp_path: Path) -> N
     from transformers import AutoModelForCausalLM
 
     for kind in ("opt", "llama", "qwen3"):
-        back = to_hf(Export.of(from_hf(folders(kind), tmp_path / f"{kind}-n")), tmp_path / kind, shard_bytes=20_000)
+        back = to_hf(Export.of(import_hf(folders(kind), tmp_path / f"{kind}-n")), tmp_path / kind, shard_bytes=20_000)
         model, info = AutoModelForCausalLM.from_pretrained(back, output_loading_info=True)
         assert not info["missing_keys"] and not info["unexpected_keys"]
         prompt = torch.tensor([[5, 6, 7]])
@@ -87,7 +86,7 @@ def test_transformers_loads_and_generates(folders: Folders, tmp_path: Path) -> N
 
 
 def test_opt_positions_stand_two_rows_lower(folders: Folders, tmp_path: Path) -> None:
-    native = Checkpoint(from_hf(folders("opt"), tmp_path / "native"))
+    native = Checkpoint(import_hf(folders("opt"), tmp_path / "native"))
     rows = tensors(folders("opt"))["model.decoder.embed_positions.weight"]
     from megacm3.checkpoint.boxes import Box
 
@@ -109,7 +108,7 @@ def test_equal_rows_of_a_q_norm_become_groups(folders: Folders, tmp_path: Path) 
             rows = min(groups, heads)
             values[name] = values[name][:rows].repeat_interleave(heads // rows, 0).contiguous()
         save_file(values, folder / "model.safetensors", {"format": "pt"})
-        native = Checkpoint(from_hf(folder, tmp_path / f"native{groups}", 2, 1))
+        native = Checkpoint(import_hf(folder, tmp_path / f"native{groups}", 2, 1))
         assert native.config["model"]["qk_norm_groups"] == groups
         assert native.shapes["layers.0.attn.q_norm.weight"] == (groups, 8)
         assert native.shapes["layers.0.attn.k_norm.bias"] == (k_rows, 8)
@@ -125,7 +124,7 @@ def test_the_gate_sees_one_wrong_tensor(kind: str, tensor: str, copy: Folders, t
     from safetensors.torch import load_file, save_file
 
     folder = copy(kind)
-    native = Checkpoint(from_hf(folder, tmp_path / "native"))
+    native = Checkpoint(import_hf(folder, tmp_path / "native"))
     values = load_file(folder / "model.safetensors")
     name = next(name for name in values if tensor in name)
     values[name] = values[name].flip(0) if values[name].ndim == 1 else values[name].roll(1, 0).contiguous()
@@ -135,7 +134,7 @@ def test_the_gate_sees_one_wrong_tensor(kind: str, tensor: str, copy: Folders, t
 
 
 def test_a_refusing_gate_leaves_the_old_export(folders: Folders, tmp_path: Path) -> None:
-    export = Export.of(from_hf(folders("llama"), tmp_path / "native"))
+    export = Export.of(import_hf(folders("llama"), tmp_path / "native"))
     to_hf(export, tmp_path / "hf")
     before = {path.name: path.read_bytes() for path in (tmp_path / "hf").iterdir()}
 
