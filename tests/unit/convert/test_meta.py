@@ -115,16 +115,14 @@ def test_the_gate_sees_norms_in_the_wrong_order(tmp_path: Path, monkeypatch: pyt
     chameleon("chameleon", 1, tmp_path / "hf")
     meta = tmp_path / "release" / "models" / "7b"
     save_meta(tmp_path / "hf", meta, 1)
-    monkeypatch.setattr(
-        "megacm3.convert.meta.half_split", lambda rows, heads: rows if heads == 1 else half_split(rows, heads)
-    )
-    native = Checkpoint(import_hf(meta, tmp_path / "native", trust_pickle=True))
-    monkeypatch.undo()
-    with (
-        opened(meta, tmp_path / "other", trust_pickle=True) as source,
-        pytest.raises(CheckpointError, match="differ from"),
-    ):
-        compare(native, Export.of(native.folder).config, meta, source)  # type: ignore[arg-type]
+    with opened(meta, tmp_path / "native", trust_pickle=True) as source:
+        assert isinstance(source, MetaFolder)
+        monkeypatch.setattr(
+            "megacm3.convert.meta.half_split", lambda rows, heads: rows if heads == 1 else half_split(rows, heads)
+        )
+        native = Checkpoint(from_hf(source, tmp_path / "native"))
+        with pytest.raises(CheckpointError, match="differ from"):
+            compare(native, Export.of(native.folder).config, meta, source)
 
 
 class Bomb:
