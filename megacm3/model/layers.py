@@ -61,6 +61,9 @@ class HeadNorm(torch.nn.Module):
     Parameters are [groups, D], replicated on all tensor ranks; heads // groups consecutive heads share a row.
     """
 
+    weight: torch.nn.Parameter
+    bias: torch.nn.Parameter
+
     def __init__(self, name: str, heads: int, model: ModelConfig, context: ParallelContext, dtype: torch.dtype) -> None:
         super().__init__()
         self.context, self.eps, self.rms = context, model.norm_eps, model.qk_norm == "rmsnorm"

@@ -140,7 +140,7 @@ class Head(torch.nn.Module):
         return self.tied_to[0].weight if self.tied_to else inputs[2]
 
     def logits(self, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        """(hidden [S, B, H], meta[, table]) -> logits [B, T, rows of this tensor rank]: for comparisons, not for training."""
+        """(hidden [S, B, H], meta[, table]) -> logits [B, T, rows of this tensor rank]: to compare, not to train."""
         x_TBH = self._gathered(self.norm(inputs[0]))
         return (x_TBH @ self._table(inputs).T).transpose(0, 1)
 
@@ -171,8 +171,8 @@ class Head(torch.nn.Module):
         kind = self.kinds[targets.clamp(min=0)]
         text, image = real & (kind == TEXT), real & (kind == IMAGE)
         nll, log_z = nll.double(), log_z.double()
-        columns = ((nll, real), (log_z.square(), real), (log_z, real), (None, real))
-        columns += ((nll, text), (None, text), (nll, image), (None, image))
+        columns = [(nll, real), (log_z.square(), real), (log_z, real), (None, real)]
+        columns += [(nll, text), (None, text), (nll, image), (None, image)]
         sums = torch.stack([mask.sum().double() if x is None else (x * mask).sum() for x, mask in columns])
         self.state.sums = sums if self.state.sums is None else self.state.sums + sums
 
@@ -223,11 +223,20 @@ def _block(built: Callable[..., torch.nn.Module], index: int, *rest: Any) -> tor
 class Network(torch.nn.Module):
     """All stages in one process group: what an engine without a pipeline drives."""
 
-    def __init__(self, stages: list[Stage]) -> None:
+    def __init__(self, stages: list[Stage], built: Callable[[torch.nn.Module], None] | None = None) -> None:
+        """built: called with each module right after it is built, before the next one is."""
         super().__init__()
-        self.stages = torch.nn.ModuleList(stage.build() for stage in stages if stage.tied_call is None)
+        self.stages = torch.nn.ModuleList()
+        for stage in stages:
+            if stage.tied_call is None:
+                module = stage.build()
+                if built is not None:
+                    built(module)
+                self.stages.append(module)
+        words, head = self.stages[0], self.stages[-1]
+        assert isinstance(words, Words) and isinstance(head, Head)
         if any(stage.tied_call is not None for stage in stages):
-            self.stages[-1].tied_to = (self.stages[0],)
+            head.tied_to = (words,)
 
     def forward(self, tokens_BT: torch.Tensor, meta: torch.Tensor) -> torch.Tensor:
         """(tokens int64 [B, T], meta) -> the micro-batch's share of the step's loss."""

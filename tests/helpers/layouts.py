@@ -167,10 +167,10 @@ def whole(answers: list[dict[str, Any]], key: str) -> dict[str, torch.Tensor]:
 
 
 def trained(
-    world: int, overrides: list[str], *, zero: int = 1, ds: dict[str, Any] | None = None, fault: str = ""
+    world: int, overrides: list[str], *, zero: int | str = 1, ds: dict[str, Any] | None = None, fault: str = ""
 ) -> Run:
     """`STEPS` steps on `world` ranks. ds: keys put over the ZeRO stage's JSON."""
-    path = ROOT / "ds_configs" / f"zero{zero}.json"
+    path = ROOT / "ds_configs" / (f"zero{zero}.json" if isinstance(zero, int) else f"{zero}.json")
     with tempfile.TemporaryDirectory() as folder:
         if ds:
             path = _merged(path, ds, Path(folder))
