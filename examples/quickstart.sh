@@ -12,8 +12,11 @@ set -euo pipefail
 output="" budget=full
 while (($#)); do
   case "$1" in
-    --output) output="${2:?--output needs a folder}" && shift 2 ;;
-    --budget) budget="${2:?--budget needs full or small}" && shift 2 ;;
+    --output | --budget)
+      if (($# < 2)); then echo "error: $1 needs a value" >&2 && exit 2; fi
+      if [[ "$1" == --output ]]; then output="$2"; else budget="$2"; fi
+      shift 2
+      ;;
     -h | --help) sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$0" && exit 0 ;;
     *) echo "error: unknown argument $1 (--output DIR, --budget full|small)" >&2 && exit 2 ;;
   esac
