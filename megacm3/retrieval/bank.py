@@ -76,6 +76,7 @@ class Embeddings:
     def take(self, kind: str, rows: np.ndarray) -> np.ndarray:
         """float32 [len(rows), d] of "image" or "text" vectors. Raises DataError for a part of another shape."""
         rows = np.asarray(rows, np.int64)
+        assert not len(rows) or (rows.min() >= 0 and rows.max() < len(self)), "rows outside the bank"
         parts = np.searchsorted(self._starts, rows, side="right") - 1
         blocks = [self._map(kind, int(part))[rows[parts == part] - self._starts[part]] for part in np.unique(parts)]
         if not blocks:

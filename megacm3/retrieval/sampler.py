@@ -37,7 +37,7 @@ class RetrievalSampler:
         Raises ConfigError for probabilities that are none, or an unknown mode.
         """
         weights = np.asarray(probabilities, np.float64)
-        if not 1 <= len(weights) <= 2 * _EACH + 1 or (weights < 0).any() or abs(weights.sum() - 1) > 1e-6:
+        if not 1 <= len(weights) <= 2 * _EACH + 1 or not (weights >= 0).all() or abs(weights.sum() - 1) > 1e-6:
             raise ConfigError(
                 f"retrieval.documents = {list(probabilities)}; expected the probabilities of 0, 1, 2, ... documents "
                 f"(at most {2 * _EACH}), which add up to 1"

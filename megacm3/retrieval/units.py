@@ -108,6 +108,8 @@ class Job:
             raise DataError(f"{self.work} is in the way; remove it")
         if (self.work / PLAN).is_file():
             found = difference(read_json(self.work / PLAN), plan)
+            # Where no unit was finished, nothing is lost.
+            overwrite = overwrite or not any((self.work / DONE).glob("*.json"))
             if found and not overwrite:
                 raise DataError(f"{self.work} holds unfinished work made with {found}; remove it, or give --overwrite")
             if found:

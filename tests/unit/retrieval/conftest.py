@@ -30,7 +30,7 @@ class Made:
 
     def neighbour_options(self, output: Path, **changes: object) -> NeighbourOptions:
         """Options that make the same neighbours at `output`, but for `changes`."""
-        given = {"bank": str(self.bank), "block": 20, "search": 32, "keep": 8, "workers": 1}
+        given = {"bank": str(self.bank), "block": 20, "search": 32, "keep": 8, "duplicate": 0.999, "workers": 1}
         return NeighbourOptions(output=str(output), **(given | changes))
 
 
@@ -66,5 +66,7 @@ def flip(path: Path, place: int = -20) -> None:
 
 def same_bytes(one: Path, other: Path) -> bool:
     """Whether two folders hold the same files with the same bytes."""
-    files = [sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()) for folder in (one, other)]
+    files = [
+        sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()) for folder in (one, other)
+    ]
     return files[0] == files[1] and all((one / name).read_bytes() == (other / name).read_bytes() for name in files[0])

@@ -12,7 +12,7 @@ from megacm3.retrieval.new_encoder import EncoderTraining, train_tokenizer
 from megacm3.retrieval.train_encoder import EncoderOptions, make_encoder, read_pairs, recall, train_encoder
 from tests.unit.data.makers import pairs, picture, write_tar
 from tests.unit.retrieval.conftest import same_bytes
-from tests.unit.retrieval.makers import TINY
+from tests.unit.retrieval.makers import DIM, TINY
 
 SHORT = replace(TINY, steps=2)
 
@@ -52,9 +52,11 @@ def test_an_existing_encoder_is_trained_further(made, tmp_path):
     options = EncoderOptions((made.inputs,), str(tmp_path / "e"), replace(SHORT, lr=1e-4), base=str(made.encoder))
     report = make_encoder(options)
     untrained = train_encoder(read_pairs([made.inputs], TINY.image_size), SHORT)[1]
-    assert report.figures["loss_first"] < untrained["loss_first"] - 1 and report.dim == 32
+    assert report.figures["loss_first"] < untrained["loss_first"] - 1 and report.dim == DIM
     one, other = Encoder.load(made.encoder), Encoder.load(tmp_path / "e")
-    cosines = (one.encode_texts(["a red bar", "a blue frame"]) * other.encode_texts(["a red bar", "a blue frame"])).sum(1)
+    cosines = (one.encode_texts(["a red bar", "a blue frame"]) * other.encode_texts(["a red bar", "a blue frame"])).sum(
+        1
+    )
     assert (cosines > 0.9).all() and (cosines < 0.999999).any()
 
 
@@ -80,7 +82,8 @@ def test_a_tokenizer_knows_every_byte():
 
 
 @pytest.mark.parametrize(
-    "changes", [{"image_size": 20}, {"width": 48}, {"steps": 0}, {"batch": 1}, {"token_dropout": 1.0}, {"text_tokens": 2}]
+    "changes",
+    [{"image_size": 20}, {"width": 48}, {"steps": 0}, {"batch": 1}, {"token_dropout": 1.0}, {"text_tokens": 2}],
 )
 def test_impossible_settings_are_refused(changes):
     with pytest.raises(ConfigError):
