@@ -40,12 +40,12 @@ train="examples/data/train-*.tar"
 heldout="examples/data/heldout-*.tar"
 config=examples/configs/quickstart.yaml
 steps=1400 # train.steps of the config
-tokenizer_overrides=() retriever_flags=(--steps 200) report_flags=() train_overrides=()
+tokenizer_overrides=() retriever_flags=(--steps 200) report_flags=(--guidance 1.5 --temperature 0.3 --top-p 0.9) train_overrides=()
 if [[ "$budget" == small ]]; then
   steps=10
   tokenizer_overrides=(train.steps=10 train.seconds=10 quantizer.start=2)
   retriever_flags=(--steps 10)
-  report_flags=(--count 2)
+  report_flags+=(--count 2)
   train_overrides=(optimizer.schedule.warmup=2 log.every=2)
 fi
 stop_at=$((steps * 8 / 10))
