@@ -103,7 +103,7 @@ class DataConfig:
     upsample: float = 0.0
     """A store's share is at most so many times its part of all documents (CM3Leon's fine-tuning: 3). 0 = no bound."""
     downsample: float = 0.0
-    """A store's share is at least so many times its part of all documents (CM3Leon's fine-tuning: 0.3). 0 = no bound."""
+    """A store's share is at least this times its part of all documents (CM3Leon's fine-tuning: 0.3). 0 = no bound."""
     packing: str = "blocks"
     """blocks (samples one after another, cut at every sequence) | whole (samples and images are never cut)."""
     seed: int = 0
@@ -279,7 +279,7 @@ def field_names(schema: type, prefix: str = "") -> list[str]:
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(tree, dict) or not tree:
         return {prefix[:-1]: tree} if prefix else {}
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in tree.items():
         flat |= _flatten(value, f"{prefix}{key}.")
     return flat
@@ -296,7 +296,11 @@ def check_keys(flat: dict[str, Any], schema: type, source: str) -> None:
             continue
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
         near = near or [name for name in known if name.split(".")[-1] == parts[-1]]
-        hint = f"; did you mean '{near[0]}'?" if near else f"; sections are {', '.join(sorted({k.split('.')[0] for k in known}))}"
+        hint = (
+            f"; did you mean '{near[0]}'?"
+            if near
+            else f"; sections are {', '.join(sorted({k.split('.')[0] for k in known}))}"
+        )
         raise ConfigError(f"{source}: unknown key '{key}'{hint}")
 
 

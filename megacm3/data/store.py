@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 KIND = "store"
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
-_DTYPES = {4: np.dtype(np.int32), 8: np.dtype(np.uint16)}
+_DTYPES: dict[int, np.dtype] = {4: np.dtype(np.int32), 8: np.dtype(np.uint16)}
 """megatron-core's codes of the two types that a store may have."""
 _OPEN_PARTS = 8192
 """Parts kept mapped: each takes two mappings of the 65,530 that Linux gives a process."""

@@ -65,7 +65,7 @@ def walk(path: str) -> _Walk:
                 found.rows.setdefault(key, len(found.rows))
                 seen.add(suffix.lower())
                 last = key
-                tar.members = []
+                tar.members = []  # type: ignore[attr-defined]
             found.damage = _missing_end(tar)
     except (tarfile.TarError, EOFError, OSError) as fault:
         found.damage = str(fault) or type(fault).__name__

@@ -19,6 +19,9 @@ _VGG16_TAPS = (3, 8, 15, 22, 29)
 class FeatureDistance(nn.Module):
     """Distance of two pictures in a frozen network's features: LPIPS without its learned weights."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, path: str | Path) -> None:
         """Raises ConfigError when `path` holds neither a transformers vision model nor torchvision's VGG16."""
         super().__init__()

@@ -185,6 +185,7 @@ class Trainer:
         figures = {"reconstruction": pixels, "commitment": commitment}
         adversarial = self.discriminator is not None and self.step >= loss.adversarial_start
         if adversarial:
+            assert self.discriminator is not None
             fooled = -self.discriminator(y).mean()
             weight = adaptive_weight(pixels, fooled, self.network.decoder.conv_out.weight, self._mean)
             total = total + loss.adversarial * weight * fooled
@@ -335,7 +336,7 @@ def _finish(
     config, pictures = trainer.config, trainer.pictures.pixels
     network = trainer.finish()
     tokenizer = ImageTokenizer(network, config.network.image_size, "")
-    report = {"steps": trainer.step, "seconds": round(trainer.elapsed, 1)}
+    report: dict[str, Any] = {"steps": trainer.step, "seconds": round(trainer.elapsed, 1)}
     report["training"] = evaluate(tokenizer, pictures, _sample(len(pictures), config))
     shown = pictures[_sample(len(pictures), config)[:_GRID_PICTURES]]
     if held_out is not None:

@@ -1,4 +1,4 @@
-"""What a step left: one line in metrics.jsonl (the source of truth), one on the console, TensorBoard, wandb if asked."""
+"""What a step left: one line in metrics.jsonl (the source of truth), one on the console, and TensorBoard, wandb."""
 
 import json
 import logging

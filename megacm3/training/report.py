@@ -59,7 +59,9 @@ def _data_shares(rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
         return []
     shares = [(f"{name} tokens", totals[f"data_{name}"] / room) for name in ("padding", "cut", "left_out")]
     listed = [(name, f"{share:.1%} of the room") for name, share in shares]
-    return listed + [("retrieved documents a sample", f"{totals['data_retrieved'] / max(1, totals['data_samples']):.2f}")]
+    return listed + [
+        ("retrieved documents a sample", f"{totals['data_retrieved'] / max(1, totals['data_samples']):.2f}")
+    ]
 
 
 def write_report(out: Path, notes: dict[str, str] | None = None) -> Path:

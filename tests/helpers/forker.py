@@ -126,7 +126,8 @@ def _be_rank(rank: int, job: dict[str, Any], port: int, output: Path, connection
 def _import(job: dict[str, Any]) -> None:
     """Import the function's module under the name that the test process knows it by, so that its classes pickle."""
     module = importlib.import_module(job["module"])
-    assert module.__file__ == job["path"], f"{job['module']} is {module.__file__} here, {job['path']} in the test"
+    here, there = Path(module.__file__ or "").resolve(), Path(job["path"]).resolve()
+    assert here == there, f"{job['module']} is {here} here, {there} in the test"
 
 
 def _free_port() -> int:

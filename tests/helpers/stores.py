@@ -22,7 +22,7 @@ def make_store(
     """A store of caption-picture pairs whose picture depends on the caption, so that a model has something to learn."""
     rng = np.random.default_rng(seed)
 
-    def pairs():  # noqa: ANN202
+    def pairs():
         for i in range(documents):
             caption = rng.integers(0, text_size, rng.integers(2, 8))
             codes = (caption[0] * 7 + np.arange(image_tokens) * 3) % codebook_size

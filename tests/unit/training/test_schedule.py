@@ -9,7 +9,9 @@ BASE = ["model.preset=tiny_cm3leon", "train.steps=110", "optimizer.lr=1.0"]
 
 
 def _rates(kind: str, warmup: int = 10, final: float = 0.1) -> list[float]:
-    given = [f"optimizer.schedule.{key}={value}" for key, value in (("kind", kind), ("warmup", warmup), ("final", final))]
+    given = [
+        f"optimizer.schedule.{key}={value}" for key, value in (("kind", kind), ("warmup", warmup), ("final", final))
+    ]
     config = load_config(None, BASE + given)
     return [learning_rate(config, step) for step in range(111)]
 
@@ -21,7 +23,9 @@ def test_warm_up_is_linear_and_reaches_the_peak(kind: str) -> None:
     assert max(rates) == pytest.approx(1.0)
 
 
-@pytest.mark.parametrize(("kind", "half", "end"), [("linear", 0.55, 0.1), ("cosine", 0.55, 0.1), ("constant", 1.0, 1.0)])
+@pytest.mark.parametrize(
+    ("kind", "half", "end"), [("linear", 0.55, 0.1), ("cosine", 0.55, 0.1), ("constant", 1.0, 1.0)]
+)
 def test_middle_and_end_of_the_decay(kind: str, half: float, end: float) -> None:
     rates = _rates(kind)
     assert rates[60] == pytest.approx(half)
