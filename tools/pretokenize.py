@@ -9,6 +9,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from megacm3.command import run
 from megacm3.errors import ConfigError
 
+FILTERS = "datatrove's filter for texts alone: gopher-quality, gopher-repetition, c4-quality or fineweb-quality"
+
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
@@ -39,6 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-pixels", type=int, default=64_000_000, help="reject larger pictures undecoded (default %(default)s)")
     add("--max-reject-rate", type=float, default=0.05, metavar="R", help="fail above this share (default %(default)s)")
     add("--allow-partial", action="store_true", help="take what is readable of damaged shards")
+    add("--text-filter", action="append", default=[], metavar="NAME", help=FILTERS)
     add("--rows-per-unit", type=int, default=10_000, help="rows of a data set in one unit (default %(default)s)")
     add("--overwrite", action="store_true", help="replace a store made from other inputs or settings")
     add(
@@ -63,7 +66,13 @@ def main(arguments: list[str] | None = None) -> int:
     from megacm3.data.units import UnitSettings
 
     settings = UnitSettings(
-        given.mode, given.batch, given.max_pixels, given.min_side, given.max_aspect, given.allow_partial
+        given.mode,
+        given.batch,
+        given.max_pixels,
+        given.min_side,
+        given.max_aspect,
+        given.allow_partial,
+        tuple(given.text_filter),
     )
     report = pretokenize(
         PretokenizeOptions(

@@ -19,6 +19,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--family", choices=("cm3leon", "chameleon"), default="cm3leon", help="sentencepiece, or Chameleon's table")
     add("--from-json", metavar="FILE", help="Chameleon's released tokenizer JSON instead of training")
     add("--max-lines", type=int, default=10_000_000, help="lines sampled at most (default %(default)s)")
+    add("--text-filter", action="append", default=[], metavar="NAME", help="datatrove's filter for WARC and txt")
     add("--overwrite", action="store_true", help="replace a tokenizer made from other inputs or settings")
     return parser
 
@@ -44,19 +45,29 @@ def main(arguments: list[str] | None = None) -> int:
     settings = {"format": "chameleon" if family == "chameleon" else "sentencepiece", "vocab_size": size}
     if family == "cm3leon":
         settings["max_lines"] = given.max_lines
+    if given.text_filter:
+        settings["text_filters"] = given.text_filter
     if finished(given.output, settings, inputs, overwrite=given.overwrite):
         print(f"{given.output} is finished already: same inputs and size ({TextTokenizer.load(given.output).size} ids)")
         return 0
     rejects: list[object] = []
-    texts = progress(iter_texts(shards, rejects.append), unit=" texts", description="read") if shards else []
+    filters = tuple(given.text_filter)
+    texts = progress(iter_texts(shards, rejects.append, filters), unit=" texts", description="read") if shards else []
     if family == "chameleon":
         text = text or train_chameleon(texts, size)
         tokenizer = save_chameleon(
             text, size, given.output, settings=settings, inputs=inputs, overwrite=given.overwrite
         )
     else:
+        further = {"text_filters": given.text_filter} if given.text_filter else {}
         tokenizer = train_text_tokenizer(
-            texts, size, given.output, max_lines=given.max_lines, inputs=inputs, overwrite=given.overwrite
+            texts,
+            size,
+            given.output,
+            max_lines=given.max_lines,
+            inputs=inputs,
+            further=further,
+            overwrite=given.overwrite,
         )
     skipped = f"; {len(rejects)} rows without usable text skipped" if rejects else ""
     print(f"{given.output}: {tokenizer.size} ids, {tokenizer.pieces} of them in use{skipped}")

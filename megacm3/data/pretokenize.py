@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from megacm3.data.executors import ExecutorOptions, run_units, running_job, unit_folder
+from megacm3.data.filters import NAMES, PREFIX
 from megacm3.data.parts import assemble, read_part
 from megacm3.data.sources import Shard, find_shards, identify
 from megacm3.data.store import KIND, Store
@@ -127,6 +128,9 @@ def _check(options: PretokenizeOptions) -> None:
     torch_device(options.where.device)
     if options.settings.mode not in ("crop", "pad"):
         raise ConfigError(f"--mode {options.settings.mode}; expected crop or pad")
+    for name in options.settings.text_filters:
+        if name not in NAMES:
+            raise ConfigError(f"--text-filter {name}; expected one of {', '.join(NAMES)}")
     if options.settings.batch < 1:
         raise ConfigError(f"--batch {options.settings.batch} must be at least 1")
     if not 0 <= options.max_reject_rate <= 1:
@@ -141,6 +145,7 @@ def _plan(options: PretokenizeOptions) -> dict[str, Any]:
     shards = find_shards(options.inputs, options.rows_per_unit)
     inputs = identify(shards)
     settings = asdict(options.settings)
+    settings["text_filters"] = list(options.settings.text_filters)
     return {
         "job": sha256_json({"inputs": inputs, "settings": settings, "tokenizers": tokenizers}),
         "inputs": inputs,
@@ -232,13 +237,14 @@ def _check_rejects(parts: list[Path], options: PretokenizeOptions) -> None:
     import pyarrow.parquet as pq
 
     results = [read_part(part) for part in parts]
-    rejects = sum(result["rejects"] for result in results if result)
-    rows = rejects + sum(result["documents"] for result in results if result)
-    if not rejects:
-        return
     table = pa.concat_tables([pq.read_table(part / "rejects.parquet") for part in parts])
-    reasons = ", ".join(f"{n} {reason}" for reason, n in Counter(table["reason"].to_pylist()).most_common())
-    logger.info("%d of %d rows rejected: %s", rejects, rows, reasons)
+    counts = Counter(table["reason"].to_pylist())
+    rejects = sum(n for reason, n in counts.items() if not reason.startswith(PREFIX))
+    rows = len(table) + sum(result["documents"] for result in results if result)
+    if not counts:
+        return
+    reasons = ", ".join(f"{n} {reason}" for reason, n in counts.most_common())
+    logger.info("%d of %d rows left out: %s", len(table), rows, reasons)
     if rejects > options.max_reject_rate * rows:
         listing = Path(options.output.rstrip("/") + ".rejects.parquet")
         pq.write_table(table, listing)

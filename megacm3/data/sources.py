@@ -8,6 +8,7 @@ never by the order of two lists. A shard that is damaged as a whole raises DataE
 import hashlib
 import json
 import os
+import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -85,6 +86,8 @@ class ReadOptions:
     """Take what is readable of a damaged shard (with a reject row that says so) instead of refusing it."""
     pictures: bool = True
     """Read the pictures' bytes; without them only captions are given (text tokenizer)."""
+    text_filters: tuple[str, ...] = ()
+    """datatrove's filters (data/filters.py), for texts that have no picture."""
 
 
 def clean_text(raw: str | bytes) -> str:
@@ -107,7 +110,7 @@ def clean_text(raw: str | bytes) -> str:
 
 def readers() -> dict[str, Callable[[Shard, ReadOptions], Iterator[Sample | Rejected]]]:
     """Reader by kind of shard."""
-    from megacm3.data import tables, tars
+    from megacm3.data import records, tables, tars
 
     return {
         "webdataset": tars.read_webdataset,
@@ -115,13 +118,20 @@ def readers() -> dict[str, Callable[[Shard, ReadOptions], Iterator[Sample | Reje
         "jsonl": tables.read_jsonl,
         "lines": tables.read_lines,
         "dataset": tables.read_dataset,
+        "tfrecord": records.read_tfrecord,
+        "warc": records.read_warc,
     }
 
 
 def read_shard(shard: Shard, options: ReadOptions = ReadOptions()) -> Iterator[Sample | Rejected]:
     """The rows of one shard, in order. Raises DataError when the shard as a whole is damaged."""
+    items = readers()[shard.kind](shard, options)
+    if options.text_filters and (options.pictures or shard.kind in ("warc", "lines")):
+        from megacm3.data.filters import filter_texts
+
+        items = filter_texts(items, options.text_filters)
     try:
-        yield from readers()[shard.kind](shard, options)
+        yield from items
     except OSError as fault:
         raise DataError(f"{shard.path} cannot be read: {fault}") from fault
 
@@ -173,13 +183,20 @@ _KINDS = {
     ".parquet": "parquet",
     ".jsonl": "jsonl",
     ".jsonl.gz": "jsonl",
+    ".tfrecord": "tfrecord",
+    ".tfrecord.gz": "tfrecord",
+    ".warc": "warc",
+    ".warc.gz": "warc",
+    ".wet": "warc",
+    ".wet.gz": "warc",
     ".txt": "lines",
 }
 _DATASET_FILES = ("dataset_info.json", "dataset_dict.json", "state.json", "metadata.csv", "metadata.parquet")
 
 
 def _kind(path: str) -> str | None:
-    name = os.path.basename(path).lower()
+    # TensorFlow's writers put the shard's number behind the suffix: name.tfrecord-00000-of-00010.
+    name = re.sub(r"(\.tfrecord)s?(-\d+-of-\d+)?", r"\1", os.path.basename(path).lower())
     return next((kind for suffix, kind in _KINDS.items() if name.endswith(suffix)), None)
 
 
@@ -190,8 +207,8 @@ def _is_dataset(path: str) -> bool:
 def _files_below(folder: str) -> list[str]:
     # A folder of tars has txt files only inside them; a folder with a metadata.jsonl has captions only in that.
     names = sorted(name for name in os.listdir(folder) if _kind(name) and not name.startswith("."))
-    for kinds in (("webdataset",), ("parquet",), ("jsonl",), ("lines",)):
-        chosen = [name for name in names if _kind(name) in kinds]
+    for kind in ("webdataset", "parquet", "tfrecord", "warc", "jsonl", "lines"):
+        chosen = [name for name in names if _kind(name) == kind]
         if chosen:
             return [os.path.join(folder, name) for name in chosen]
     return []
@@ -249,9 +266,13 @@ def _identity(shard: Shard) -> str:
     return digest.hexdigest()
 
 
-def iter_texts(shards: Iterable[Shard], on_reject: Callable[[Rejected], None] | None = None) -> Iterator[str]:
+def iter_texts(
+    shards: Iterable[Shard],
+    on_reject: Callable[[Rejected], None] | None = None,
+    text_filters: tuple[str, ...] = (),
+) -> Iterator[str]:
     """The texts of all shards, cleaned, without reading pictures."""
-    options = ReadOptions(pictures=False)
+    options = ReadOptions(pictures=False, text_filters=text_filters)
     for shard in shards:
         for item in read_shard(shard, options):
             if isinstance(item, Sample):

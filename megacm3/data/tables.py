@@ -47,7 +47,7 @@ def read_parquet(shard: Shard, options: ReadOptions) -> Iterator[Sample | Reject
     try:
         for batch in file.iter_batches(batch_size=_BATCH, columns=chosen):
             for record in batch.to_pylist():
-                yield _sample(record, shard, row, options)
+                yield sample_of(record, shard, row, options)
                 row += 1
     except (pa.ArrowInvalid, OSError) as fault:
         raise DataError(f"{shard.path} is damaged at row {row}: {str(fault).splitlines()[0]}") from fault
@@ -61,13 +61,13 @@ def read_jsonl(shard: Shard, options: ReadOptions) -> Iterator[Sample | Rejected
         except Reject as reject:
             yield Rejected(str(row), shard.name, row, reject.reason, reject.detail)
             continue
-        yield _sample(record, shard, row, options)
+        yield sample_of(record, shard, row, options)
 
 
 def read_lines(shard: Shard, options: ReadOptions) -> Iterator[Sample | Rejected]:
     """One text a line; empty lines are skipped."""
     for row, line in _lines(shard.path):
-        yield _sample({"text": line}, shard, row, options)
+        yield sample_of({"text": line}, shard, row, options)
 
 
 def _lines(path: str) -> Iterator[tuple[int, bytes]]:
@@ -117,7 +117,7 @@ def read_dataset(shard: Shard, options: ReadOptions) -> Iterator[Sample | Reject
     if not options.pictures:
         data = data.remove_columns([name for name in data.column_names if name in IMAGE_FIELDS])
     for row in range(*shard.rows):
-        yield _sample(data[row], shard, row, options)
+        yield sample_of(data[row], shard, row, options)
 
 
 def _check_columns(path: str, columns: list[str]) -> None:
@@ -126,7 +126,8 @@ def _check_columns(path: str, columns: list[str]) -> None:
     raise DataError(f"{path} has the columns {', '.join(columns)}; expected one of caption, text, texts")
 
 
-def _sample(record: dict[str, Any], shard: Shard, row: int, options: ReadOptions) -> Sample | Rejected:
+def sample_of(record: dict[str, Any], shard: Shard, row: int, options: ReadOptions) -> Sample | Rejected:
+    """What a table's record gives."""
     key = str(next((record[name] for name in KEY_FIELDS if record.get(name) is not None), row))
     try:
         parts = _parts(record, Path(shard.path), options)

@@ -47,6 +47,8 @@ class UnitSettings:
     max_aspect: float = ImageLimits.max_aspect
     allow_partial: bool = False
     """Take what is readable of damaged shards."""
+    text_filters: tuple[str, ...] = ()
+    """datatrove's filters for texts without pictures, by name."""
 
     @property
     def limits(self) -> ImageLimits:
@@ -136,15 +138,16 @@ class UnitRunner:
         return writer.finish()
 
     def _prepared(self, shard: Shard, pool: ThreadPoolExecutor) -> Iterator[Prepared | Rejected]:
-        ahead = self._settings.batch * 2
         waiting: deque[Future[Prepared | Rejected] | Rejected] = deque()
-        for item in _guarded(shard, ReadOptions(allow_partial=self._settings.allow_partial)):
+        settings = self._settings
+        options = ReadOptions(settings.allow_partial, text_filters=tuple(settings.text_filters))
+        for item in _guarded(shard, options):
             if isinstance(item, Sample):
                 self.bytes += sum(len(part) for part in item.parts)
-                waiting.append(pool.submit(prepare, item, self._image.image_size, self._settings))
+                waiting.append(pool.submit(prepare, item, self._image.image_size, settings))
             else:
                 waiting.append(item)
-            if len(waiting) > ahead:
+            if len(waiting) > 2 * settings.batch:
                 yield _result(waiting.popleft())
         while waiting:
             yield _result(waiting.popleft())

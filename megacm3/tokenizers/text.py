@@ -156,6 +156,7 @@ def train_text_tokenizer(
     *,
     max_lines: int = 10_000_000,
     inputs: dict[str, str] | None = None,
+    further: dict[str, Any] | None = None,
     overwrite: bool = False,
 ) -> TextTokenizer:
     """Train on `texts` and write the folder `output` (text.model, manifest.json).
@@ -163,6 +164,7 @@ def train_text_tokenizer(
     Digits are split into single pieces, as in CM3Leon's tokenizer patch. When the texts yield fewer pieces than
     `vocab_size`, the rest of the ids is reserved, so that the layout does not depend on the corpus. Of more than
     `max_lines` lines (pieces of at most 4,096 characters) a fixed random sample is taken, by sentencepiece itself.
+    `further` settings (what chose the texts) go into the manifest.
 
     Raises ConfigError when `vocab_size` cannot hold the bytes and characters, DataError when there is no text.
     """
@@ -229,6 +231,7 @@ def train_text_tokenizer(
     if fault_of_input is not None:
         raise fault_of_input
     settings = {"format": "sentencepiece", "vocab_size": vocab_size, "max_lines": max_lines, "lines": count}
+    settings |= further or {}
     with new_folder(output, replace=overwrite) as folder:
         (folder / MODEL).write_bytes(model.getvalue())
         write_manifest(folder, KIND, settings, inputs or {})
