@@ -40,6 +40,16 @@ setup(
         # package index is another project (tools/doctor.py tells them apart).
         "gpu": ["faiss-gpu>=1.15,<1.16", "transformer-engine[pytorch]>=2.8", "flash-attn>=2.8"],
         "ray": ["datatrove[ray]>=0.10.1,<0.11"],
+        # Inputs that need a package of their own; WARC also wants the system's libmagic.
+        "tfrecord": ["tfrecord>=1.14,<2", "crc32c>=2.4"],
+        "crawl": [
+            "warcio>=1.7,<2",
+            "faust-cchardet>=2.1",
+            "python-magic>=0.4.27",
+            "trafilatura>=1.8,<1.12",
+            "lxml-html-clean>=0.4",
+            "spacy>=3.8,<4",
+        ],
         "wandb": ["wandb>=0.23,<1"],
         "dev": [*TESTS, "ruff==0.17.6", "mypy==2.4.1", "codespell>=2.4,<3", "pre-commit>=4,<5"],
     },

@@ -14,6 +14,10 @@ OPTIONAL = {
     "transformer_engine": "extra gpu",
     "ray": "extra ray",
     "wandb": "extra wandb",
+    "tfrecord": "extra tfrecord",
+    "crc32c": "extra tfrecord",
+    "google": "protobuf, which comes with tfrecord",
+    "warcio": "extra crawl",
 }
 """Imported only where installed."""
 
