@@ -29,7 +29,7 @@ def read_tfrecord(shard: Shard, options: ReadOptions) -> Iterator[Sample | Rejec
         from tfrecord import example_pb2, iterator_utils  # noqa: F401 - a broken installation shows here
         from tfrecord.reader import tfrecord_iterator
     except ImportError as fault:
-        raise ConfigError(f"{shard.path}: TFRecord needs the package tfrecord (pip install tfrecord)") from fault
+        raise ConfigError(f"{shard.path}: TFRecord needs the package tfrecord (megacm3's extra tfrecord)") from fault
     packed = shard.path.endswith(".gz")
     _check_tfrecord(shard.path, packed)
     for row, data in enumerate(tfrecord_iterator(shard.path, compression_type="gzip" if packed else None)):
@@ -109,15 +109,11 @@ def _documents(shard: Shard) -> Iterator[Any]:
 
         reader = WarcReader(str(path.parent), compression="infer")
     except ImportError as fault:
-        raise ConfigError(
-            f"{path}: WARC needs warcio, faust-cchardet, python-magic and the library libmagic: {fault}"
-        ) from fault
+        raise ConfigError(f"{path}: WARC needs megacm3's extra crawl and the library libmagic: {fault}") from fault
     try:
         yield from reader.read_file(path.name)
     except ImportError as fault:
-        raise ConfigError(
-            f"{path}: WARC needs warcio, faust-cchardet, python-magic and the library libmagic: {fault}"
-        ) from fault
+        raise ConfigError(f"{path}: WARC needs megacm3's extra crawl and the library libmagic: {fault}") from fault
     except Exception as fault:
         # warcio raises its own classes, all of them derived from Exception alone.
         if type(fault).__module__.startswith("warcio"):
@@ -134,7 +130,7 @@ def _extractor(shard: Shard) -> Any:
         # Without deduplication, which would make a text depend on what the same process read before.
         return Trafilatura(deduplicate=False).extract
     except ImportError as fault:
-        raise ConfigError(f"{shard.path}: WARC needs trafilatura (pip install 'trafilatura<1.12')") from fault
+        raise ConfigError(f"{shard.path}: WARC needs trafilatura (megacm3's extra crawl)") from fault
 
 
 def _check_gzip(path: str) -> None:

@@ -1,6 +1,7 @@
 """Image tokenizer training: it learns, continues exactly, keeps its codes alive; its extra losses do as they say."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,9 +16,10 @@ from megacm3.tokenizers.image import ImageTokenizer
 from megacm3.tokenizers.image_config import load_image_config
 from megacm3.tokenizers.image_losses import FeatureDistance, PatchDiscriminator, adaptive_weight, discriminator_loss
 from megacm3.tokenizers.pictures import Pictures, crop_regions, prepare_pictures
-from megacm3.tokenizers.train_image import Trainer, train_image_tokenizer
+from megacm3.tokenizers.train_image import Trainer, build_network, train_image_tokenizer
 from tests.unit.data.makers import pairs, picture, write_tar
 
+ROOT = Path(__file__).resolve().parents[3]
 SMALL = [
     "network.image_size=16", "network.channels=[8,16]", "network.layers_per_block=1", "network.middle_attention=false",
     "network.latent_channels=8", "network.codebook_size=32", "network.code_dim=8", "network.norm_groups=4",
@@ -204,6 +206,23 @@ def test_metrics():
 def test_strict_settings(override, message):
     with pytest.raises(ConfigError, match=message):
         load_image_config(None, [override])
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "grid"), [("cm3leon", 66.9e6, 32), ("chameleon", 68.7e6, 32), ("quickstart", None, 6)]
+)
+def test_presets(name, parameters, grid):
+    path = ROOT / "examples" / "configs" / f"image_tokenizer_{name}.yaml"
+    if name != "quickstart":
+        with pytest.raises(ConfigError, match="loss.perceptual_path"):
+            load_image_config(path)
+    config = load_image_config(path, [f"loss.perceptual_path={path}"])
+    assert config.network.image_size // 2 ** (len(config.network.channels) - 1) == grid
+    with torch.device("meta"):
+        network = build_network(config.network)
+    if parameters:
+        # taming's count leaves out nothing but the codebook's own 2.1M, which VQModel has too.
+        assert sum(p.numel() for p in network.parameters()) == pytest.approx(parameters, rel=0.002)
 
 
 def test_pictures_are_prepared_once(tmp_path):
