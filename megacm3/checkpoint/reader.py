@@ -1,5 +1,8 @@
 """A committed checkpoint step, read box by box."""
 
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +55,12 @@ class Checkpoint:
                         raise ValueError(f"{kind}/{name} is in no table")
                     places.setdefault((kind, name), []).extend((Box.parse(text), file) for text in boxes)
         return places
+
+    @contextmanager
+    def hashed_meanwhile(self) -> Iterator[Callable[[], object]]:
+        """Hash every file while the body runs. Gives what waits for the verdict: CheckpointError for a damaged file."""
+        with ThreadPoolExecutor(1) as beside:
+            yield beside.submit(read_manifest, self.folder, KIND, verify="sha256", error=CheckpointError).result
 
     def boxes(self, kind: str, name: str) -> list[tuple[Box, str]]:
         """The boxes of a tensor and the file of each."""

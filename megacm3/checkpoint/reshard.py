@@ -104,7 +104,7 @@ def write_checkpoint(
     state: dict[str, Any],
     inputs: dict[str, str],
     extra: Callable[[Path], dict[str, dict[str, Any]]] = lambda folder: {},
-    gate: Callable[[Path], None] = lambda folder: None,
+    gate: Callable[[Path], object] = lambda folder: None,
     done: Callable[[int], None] = lambda count: None,
 ) -> Path:
     """Write a step's folder at the layout of `config`, whole or not at all. Raises DataError when it exists already.
@@ -162,21 +162,23 @@ def reshard(
 ) -> Path:
     """Copy a checkpoint into the layout tensor x pipeline: bitwise the same logical tensors, optimizer included.
 
-    Every file of the source is hashed first. Raises CheckpointError for a damaged source, ConfigError when the model
-    cannot be cut so, DataError when the output exists.
+    Every file of the source is hashed meanwhile. Raises CheckpointError for a damaged source, ConfigError when the
+    model cannot be cut so, DataError when the output exists.
     """
-    source = Checkpoint(find_step(checkpoint), verify="sha256")
+    source = Checkpoint(find_step(checkpoint))
     config = config_of(source.config, tensor, pipeline)
     source.check_coverage()
-    return write_checkpoint(
-        output,
-        kinds=source.kinds,
-        shapes=source.shapes,
-        read=source.read,
-        config=config,
-        step=source.step,
-        optimizer_step=source.optimizer_step,
-        state=source.state,
-        inputs={"checkpoint": source.manifest.fingerprint},
-        done=done,
-    )
+    with source.hashed_meanwhile() as verdict:
+        return write_checkpoint(
+            output,
+            kinds=source.kinds,
+            shapes=source.shapes,
+            read=source.read,
+            config=config,
+            step=source.step,
+            optimizer_step=source.optimizer_step,
+            state=source.state,
+            inputs={"checkpoint": source.manifest.fingerprint},
+            gate=lambda folder: verdict(),
+            done=done,
+        )

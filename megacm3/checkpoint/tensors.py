@@ -91,11 +91,13 @@ def write_tensors(
     metadata: dict[str, str],
     values: Callable[[Entry], Iterator[torch.Tensor]],
     done: Callable[[int], None] = lambda count: None,
+    *,
+    hashed: bool = True,
 ) -> dict[str, Any]:
     """Write and fsync a safetensors file; return its manifest entry {"bytes", "sha256"}.
 
     entries: in file order. values: a tensor's data, row-major, in as many pieces as it likes. done: told the bytes of
-    each piece. Hashing runs beside the writing.
+    each piece. Hashing runs beside the writing; without it "sha256" is empty.
     """
     digest = hashlib.sha256()
     with open(path, "wb", buffering=0) as file, ThreadPoolExecutor(1) as beside:
@@ -103,10 +105,11 @@ def write_tensors(
         def put(data: memoryview) -> None:
             for low in range(0, len(data), CHUNK):
                 chunk = data[low : low + CHUNK]
-                hashing = beside.submit(digest.update, chunk)
+                hashing = beside.submit(digest.update, chunk) if hashed else None
                 while chunk:
                     chunk = chunk[file.write(chunk) :]
-                hashing.result()
+                if hashing is not None:
+                    hashing.result()
             done(len(data))
 
         put(memoryview(header_bytes(entries, metadata)))
@@ -120,7 +123,7 @@ def write_tensors(
             assert written == entry.bytes, f"{entry.key}: {written} bytes written of {entry.bytes}"
         size = file.tell()
         os.fsync(file.fileno())
-    return {"bytes": size, "sha256": digest.hexdigest()}
+    return {"bytes": size, "sha256": digest.hexdigest() if hashed else ""}
 
 
 def read_header(path: Path, error: type[Megacm3Error] = CheckpointError) -> dict[str, dict[str, Any]]:

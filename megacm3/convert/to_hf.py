@@ -46,8 +46,8 @@ class Export:
 
     @staticmethod
     def of(checkpoint: str | Path, dtype: str = "", tokenizers: dict[str, str] | None = None) -> "Export":
-        """Open and check everything. Raises CheckpointError, ConfigError or DataError before anything is written."""
-        source = Checkpoint(find_step(checkpoint), verify="sha256")
+        """Open and check everything but hashes. Raises CheckpointError, ConfigError or DataError."""
+        source = Checkpoint(find_step(checkpoint))
         config = config_of(source.config, 1, 1)
         kind = export_kind(config.model)
         table = names(kind, config.model)
@@ -107,7 +107,9 @@ def to_hf(
     replace: an earlier folder of that name gives way once the new one is whole.
     """
     with new_folder(output, replace=replace) as folder:
-        write_weights(export, folder, shard_bytes, done)
+        with export.checkpoint.hashed_meanwhile() as verdict:
+            write_weights(export, folder, shard_bytes, done)
+            verdict()
         _write_configs(export, folder)
         for role, path in export.tokenizers.items():
             shutil.copytree(path, folder / role)
