@@ -39,17 +39,6 @@ setup(
         # For CUDA machines; megacm3 runs without each of them, more slowly. NVIDIA's Apex is not here: `apex` in the
         # package index is another project (tools/doctor.py tells them apart).
         "gpu": ["faiss-gpu>=1.15,<1.16", "transformer-engine[pytorch]>=2.8", "flash-attn>=2.8"],
-        # TFRecord, and Common Crawl's WARC and WET (megacm3/data/records.py; python-magic wants the library libmagic).
-        "formats": [
-            "tfrecord>=1.14.5,<2",
-            "warcio>=1.8,<2",
-            "faust-cchardet>=3.2,<4",
-            "python-magic>=0.4.27,<0.5",
-            "trafilatura>=1.11,<1.12",
-            "lxml_html_clean>=0.4",
-        ],
-        # Word splitting of datatrove's quality filters (tools/pretokenize.py --text-filter).
-        "filters": ["spacy>=3.8,<4"],
         "ray": ["datatrove[ray]>=0.10.1,<0.11"],
         # Inputs that need a package of their own; WARC also wants the system's libmagic.
         "tfrecord": ["tfrecord>=1.14,<2", "crc32c>=2.4"],
