@@ -13,8 +13,8 @@ from megacm3.parallel.parts import parts_of
 class _ClippedSteps:
     """Global norm and clipping inside `optimizer.step`, where ZeRO does not do it (stage 0).
 
-    Replicated parameters count once over the tensor ranks, a tied table once over the stages. DeepSpeed itself counts the
-    table twice, and in bf16 each tensor rank would clip by the norm of its own share.
+    Replicated parameters count once over the tensor ranks, a tied table once over the stages. DeepSpeed itself counts
+    the table twice, and in bf16 each tensor rank would clip by the norm of its own share.
     """
 
     context: ParallelContext | None = None
@@ -60,7 +60,10 @@ def parameter_groups(config: Config, module: torch.nn.Module) -> list[dict[str, 
 
 
 def build_optimizer(config: Config, module: torch.nn.Module, own_clip: bool) -> Any:
-    """AdamW (torch's fused kernel) or SGD over the module's parameters. own_clip: without ZeRO; `start_clipping` later."""
+    """AdamW (torch's fused kernel) or SGD over the module's parameters.
+
+    own_clip: make one that can clip by itself; `start_clipping` turns that on once the engine stands.
+    """
     groups, settings = parameter_groups(config, module), config.optimizer
     if settings.kind == "sgd":
         return (_ClippedSGD if own_clip else torch.optim.SGD)(groups, lr=settings.lr)
@@ -81,8 +84,8 @@ def start_clipping(optimizer: Any, context: ParallelContext, clip: float) -> Non
 def _mend_masters(wrapper: Any) -> None:
     """Put right what DeepSpeed's wrapper for bf16 without ZeRO does when it is built.
 
-    It makes one step with zero gradients, which decays the weights once and counts in Adam's bias correction, so that the
-    first updates would be a quarter too small; and its fp32 copies lose the marks of the parameters.
+    It makes one step with zero gradients, which decays the weights once and counts in Adam's bias correction, so that
+    the first updates would be a quarter too small; and its fp32 copies lose the marks of the parameters.
     """
     wrapper.optimizer.state.clear()
     for group, masters in zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True):
