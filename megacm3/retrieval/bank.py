@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     import pyarrow
 
 KIND = "bank"
+_AT_ONCE = 16_384
+"""Vectors made at once: the steps between need a few times their memory."""
 META_FIELDS = {
     "doc_id": "int64",
     "key": "string",
@@ -88,7 +90,11 @@ class Embeddings:
 
     def documents(self, rows: np.ndarray) -> np.ndarray:
         """float32 [len(rows), d]: document vectors, made of the stored halves."""
-        return document_vectors(self.take("image", rows), self.take("text", rows))
+        blocks = []
+        for start in range(0, len(rows), _AT_ONCE):
+            part = rows[start : start + _AT_ONCE]
+            blocks.append(document_vectors(self.take("image", part), self.take("text", part)))
+        return np.concatenate(blocks) if blocks else np.zeros((0, 0), np.float32)
 
     def _map(self, kind: str, part: int) -> np.ndarray:
         found = self._maps.get((kind, part))
@@ -111,6 +117,18 @@ def load_array(path: Path, shape: tuple[int | None, ...]) -> np.ndarray:
     if not fits:
         raise DataError(f"{path} has shape {array.shape}; the manifest says {shape}")
     return array
+
+
+def check_encoder(bank: "Manifest | MemoryBank", fingerprint: str, dim: int, folder: str | Path) -> None:
+    """Raises DataError when an encoder cannot have made the vectors of `bank`: another one, or for precomputed vectors
+    one of another width."""
+    expected = bank.inputs.get("encoder", "")
+    if bank.settings["precomputed"]:
+        fits, found = dim == bank.settings["dim"], f"of width {dim}; the bank's vectors have {bank.settings['dim']}"
+    else:
+        fits, found = fingerprint == expected, f"{fingerprint[:12]}; the bank's is {expected[:12]}"
+    if not fits:
+        raise DataError(f"another encoder than that of {folder}: {found}")
 
 
 class BankMetadata:
@@ -227,13 +245,7 @@ class MemoryBank:
 
     def check_encoder(self, encoder: Encoder) -> None:
         """Raises DataError when `encoder` cannot have made the bank's vectors."""
-        expected = self.inputs.get("encoder", "")
-        if self.settings["precomputed"]:
-            fits, found = encoder.dim == self.dim, f"of width {encoder.dim}; the bank's vectors have {self.dim}"
-        else:
-            fits, found = encoder.fingerprint == expected, f"{encoder.fingerprint[:12]}; the bank's is {expected[:12]}"
-        if not fits:
-            raise DataError(f"another encoder than that of {self.folder}: {found}")
+        check_encoder(self, encoder.fingerprint, encoder.dim, self.folder)
 
     def describe(self, doc_ids: Sequence[int] | np.ndarray) -> list[dict[str, Any]]:
         """`META_FIELDS` of some documents, in the order given. Raises DataError for one that is not in the bank."""

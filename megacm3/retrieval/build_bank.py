@@ -15,9 +15,9 @@ import numpy as np
 from megacm3.command import seed_from
 from megacm3.data.store import Store
 from megacm3.errors import ConfigError, DataError
-from megacm3.files import new_file, write_json
+from megacm3.files import Manifest, new_file, write_json
 from megacm3.retrieval import index as indexes
-from megacm3.retrieval.bank import KIND, Embeddings, MemoryBank, caption_hash, part_file
+from megacm3.retrieval.bank import KIND, Embeddings, caption_hash, part_file
 from megacm3.retrieval.embed import EmbedParts
 from megacm3.retrieval.encoder import encoder_fingerprint
 from megacm3.retrieval.precomputed import PREFIX, Precomputed
@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 SHARD_ROWS = 1_000_000
 """Vectors in an index shard: half a gigabyte at 512 bytes a vector."""
+_AT_ONCE = 8192
+"""Vectors in memory at once, where all are gone through."""
 _EVALUATED = 1000
 """Queries of each kind with which the recall is measured."""
 _EXACT_BUDGET = 2e12
@@ -85,9 +87,10 @@ def build_bank(options: BankOptions) -> BankReport:
     settings = {name: getattr(options, name) for name in names}
     inputs = {"store": store.fingerprint, "encoder": fingerprint}
     job = Job(Path(options.output), KIND, settings, inputs)
-    if job.finished(options.overwrite):
+    finished = job.finished(options.overwrite)
+    if finished:
         logger.info("%s is finished already: same store, encoder and settings", options.output)
-        return _report(MemoryBank.open(options.output), 0.0)
+        return _report(finished, 0.0)
     job.prepare(options.overwrite)
     encoder = "" if precomputed else options.encoder
     parts = len(store.settings["parts"])
@@ -99,8 +102,8 @@ def build_bank(options: BankOptions) -> BankReport:
         copy_encoder(encoder, job.folder / "encoder")
     made = _index(options, job, rows, workers)
     made |= {"dim": _dim(job.folder, rows), "documents": len(store), "rows": sum(rows), "parts": rows}
-    job.commit(made | {"precomputed": bool(precomputed)}, options.overwrite)
-    return _report(MemoryBank.open(options.output), time.monotonic() - started)
+    manifest = job.commit(made | {"precomputed": bool(precomputed)}, options.overwrite)
+    return _report(manifest, time.monotonic() - started)
 
 
 def _check(options: BankOptions) -> None:
@@ -110,9 +113,9 @@ def _check(options: BankOptions) -> None:
         raise ConfigError("--input is needed: the pictures and captions that the store was made from")
 
 
-def _report(bank: MemoryBank, seconds: float) -> BankReport:
-    settings = bank.settings
-    return BankReport(len(bank), bank.documents, settings["index"], settings["shards"], settings["recall"], seconds)
+def _report(bank: Manifest, seconds: float) -> BankReport:
+    made = bank.settings
+    return BankReport(made["rows"], made["documents"], made["index"], made["shards"], made["recall"], seconds)
 
 
 def _dim(folder: Path, rows: list[int]) -> int:
@@ -123,21 +126,23 @@ def _write_rows(folder: Path, store: Store) -> list[int]:
     """Rows of each part; writes doc_ids, captions and clusters. Raises DataError for a bank without documents."""
     import pyarrow.parquet as pq
 
-    rows, ids, captions = [], [], []
+    rows: list[int] = []
+    ids: list[np.ndarray] = []
+    captions: list[np.ndarray] = []
     for number in range(len(store.settings["parts"])):
         path = part_file(folder, "meta", number)
         table = pq.read_table(path, columns=["doc_id", "caption"]) if path.is_file() else None
         rows.append(len(table) if table is not None else 0)
         if table is not None:
             ids.append(table["doc_id"].to_numpy())
-            captions += [caption_hash(caption) for caption in table["caption"].to_pylist()]
+            captions.append(np.array([caption_hash(caption) for caption in table["caption"].to_pylist()], np.uint64))
     if not ids:
         raise DataError(f"{store.folder} holds no document with a picture and a caption; a memory bank needs some")
     doc_ids = np.concatenate(ids)
     if not (np.diff(doc_ids) > 0).all():
         raise DataError("document numbers of the parts are not ascending")
     clusters = np.asarray(store.metadata(["dup_cluster"])["dup_cluster"].to_numpy(), np.int64)[doc_ids]
-    arrays = {"doc_ids": doc_ids, "captions": np.array(captions, np.uint64), "clusters": clusters}
+    arrays = {"doc_ids": doc_ids, "captions": np.concatenate(captions), "clusters": clusters}
     for name, array in arrays.items():
         with new_file(folder / f"{name}.npy") as temporary, open(temporary, "wb") as file:
             np.save(file, array)
@@ -160,11 +165,12 @@ class AddShards:
         embeddings = Embeddings(folder, self.rows)
         first = number * self.shard_rows
         wanted = np.arange(first, min(first + self.shard_rows, len(embeddings)))
-        vectors = embeddings.documents(wanted)
-        trained = _trained(folder, self.factory, vectors.shape[1])
+        ids = np.load(folder / "doc_ids.npy", mmap_mode="r")
+        trained = _trained(folder, self.factory, _dim(folder, list(self.rows)))
+        blocks = (wanted[start : start + _AT_ONCE] for start in range(0, len(wanted), _AT_ONCE))
         path = folder / "index" / shard_name(number, self.count)
         with new_file(path) as temporary:
-            indexes.write_shard(temporary, trained, np.load(folder / "doc_ids.npy")[wanted], vectors)
+            indexes.write_shard(temporary, trained, ((ids[rows], embeddings.documents(rows)) for rows in blocks))
         return [path]
 
 
@@ -262,8 +268,8 @@ def measure_recall(
 def exact_search(queries: np.ndarray, embeddings: Embeddings, doc_ids: np.ndarray, k: int) -> np.ndarray:
     """int64 [n, k]: the best documents by exact inner product, block by block."""
     best = np.full((len(queries), k), -np.inf, np.float32), np.full((len(queries), k), -1, np.int64)
-    for start in range(0, len(embeddings), 65_536):
-        rows = np.arange(start, min(start + 65_536, len(embeddings)))
+    for start in range(0, len(embeddings), _AT_ONCE):
+        rows = np.arange(start, min(start + _AT_ONCE, len(embeddings)))
         scores = queries @ embeddings.documents(rows).T
         near = np.argpartition(-scores, min(k, len(rows)) - 1, axis=1)[:, :k]
         best = indexes.merge(best, (np.take_along_axis(scores, near, 1), doc_ids[rows[near]]), k)

@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 KIND = "encoder"
 REQUIRED = ("config.json", "preprocessor_config.json", "tokenizer_config.json")
 """Files without which a folder is no CLIP; the weights may be one file or several."""
+_READ: tuple[str, ...] = ("config.json", "*.safetensors", "*.safetensors.index.json", "preprocessor_config.json")
+_READ += ("tokenizer*.json", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json")
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
 Pictures: TypeAlias = Sequence[Image.Image] | np.ndarray
@@ -51,8 +53,24 @@ def encoder_fingerprint(folder: str | Path) -> str:
     folder = Path(folder)
     if (folder / MANIFEST).is_file():
         return read_manifest(folder, KIND).fingerprint
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
-    return sha256_json({path.relative_to(folder).as_posix(): sha256_file(path) for path in files})
+    _check_folder(folder)
+    return sha256_json({path.name: sha256_file(path) for path in encoder_files(folder)})
+
+
+def encoder_files(folder: Path) -> list[Path]:
+    """The files that make an encoder: those of its manifest, or of a download what is read (not other formats)."""
+    if (folder / MANIFEST).is_file():
+        return [folder / MANIFEST, *(folder / name for name in read_manifest(folder, KIND).files)]
+    return sorted({path for pattern in _READ for path in folder.glob(pattern)})
+
+
+def encoder_width(folder: str | Path) -> int:
+    """Width of the vectors that a CLIP folder makes, without loading it."""
+    _check_folder(Path(folder))
+    width = read_json(Path(folder) / "config.json").get("projection_dim", 512)
+    if not isinstance(width, int):
+        raise DataError(f"{folder}/config.json has projection_dim {width!r}; expected a number")
+    return width
 
 
 class Encoder:

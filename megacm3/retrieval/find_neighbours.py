@@ -8,6 +8,7 @@ does. The scores of what is kept are computed from the stored vectors, whatever 
 import logging
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,9 +16,10 @@ import numpy as np
 
 from megacm3.command import seed_from
 from megacm3.errors import ConfigError, DataError
-from megacm3.files import new_file
-from megacm3.retrieval.bank import MemoryBank
-from megacm3.retrieval.encoder import Encoder
+from megacm3.files import Manifest, new_file, read_manifest
+from megacm3.retrieval.bank import KIND as BANK_KIND
+from megacm3.retrieval.bank import MemoryBank, check_encoder
+from megacm3.retrieval.encoder import Encoder, encoder_fingerprint, encoder_width
 from megacm3.retrieval.neighbours import (
     IMAGE,
     KIND,
@@ -101,15 +103,17 @@ def find_neighbours(options: NeighbourOptions, verify: str = "sha256") -> Neighb
     """Make or continue a neighbour folder. Raises ConfigError for flags, DataError for a wrong bank or encoder."""
     started = time.monotonic()
     options.check()
-    bank = MemoryBank.open(options.bank, verify)
-    blocks = plan(options, bank)
+    made = read_manifest(options.bank, BANK_KIND)
+    blocks = plan(options, made)
     names = ("keep", "search", "text_variants", "query_dropout", "alike", "duplicate", "batch", "seed")
     settings = {name: getattr(options, name) for name in names} | {"block": blocks.block}
-    inputs = {"bank": bank.fingerprint, "store": bank.inputs["store"], "encoder": bank.inputs["encoder"]}
+    encoder = encoder_fingerprint(blocks.encoder) if blocks.encoder else made.inputs["encoder"]
+    inputs = {"bank": made.fingerprint, "store": made.inputs["store"], "encoder": encoder}
     job = Job(Path(options.output), KIND, settings, inputs)
     if job.finished(options.overwrite):
         logger.info("%s is finished already: same bank and settings", options.output)
         return _report(NeighbourTable.open(options.output), 0.0)
+    bank = MemoryBank.open(options.bank, verify)
     job.prepare(options.overwrite)
     workers = options.workers or (1 if bank.documents < 20_000 else 0)
     run_units(blocks, job.work, workers)
@@ -119,20 +123,23 @@ def find_neighbours(options: NeighbourOptions, verify: str = "sha256") -> Neighb
     return _report(NeighbourTable.open(options.output), time.monotonic() - started)
 
 
-def plan(options: NeighbourOptions, bank: MemoryBank) -> "NeighbourBlocks":
-    """The units of a job, with the encoder that text queries need checked against the bank."""
-    encoder = options.encoder
-    if not encoder and (bank.folder / "encoder").is_dir():
-        encoder = str(bank.folder / "encoder")
+def plan(options: NeighbourOptions, bank: Manifest) -> "NeighbourBlocks":
+    """The units of a job, and the encoder that makes its text queries.
+
+    Raises DataError for an encoder that is not the bank's, ConfigError where one is needed and there is none.
+    """
+    own = Path(options.bank) / "encoder"
+    encoder = options.encoder or (str(own) if own.is_dir() else "")
     if encoder:
-        bank.check_encoder(Encoder.load(encoder))
+        check_encoder(bank, encoder_fingerprint(encoder), encoder_width(encoder), options.bank)
     elif options.query_dropout or options.text_variants > 1:
         raise ConfigError(
             f"{options.bank} holds no encoder (precomputed vectors); give --encoder DIR, or --query-dropout 0 "
             "--text-variants 1 to query with the stored text vectors"
         )
-    block = options.block or min(1 << 20, max(4096, 1 << math.ceil(math.log2(max(1, bank.documents / 64)))))
-    return NeighbourBlocks(options, encoder, bank.documents, block)
+    documents = int(bank.settings["documents"])
+    block = options.block or min(1 << 20, max(4096, 1 << math.ceil(math.log2(max(1, documents / 64)))))
+    return NeighbourBlocks(options, encoder, documents, block)
 
 
 @dataclass(frozen=True)
@@ -212,33 +219,31 @@ class _Search:
 
     def by_image(self) -> tuple[np.ndarray, np.ndarray]:
         """Scores float32 and ids int64 [n, keep] by the documents' pictures."""
-        return self._search(self._bank.embeddings.take("image", self._rows))
+        return self._search(lambda part: self._bank.embeddings.take("image", self._rows[part]))
 
     def by_text(self, encoder: Encoder | None, variant: int) -> tuple[np.ndarray, np.ndarray]:
         """The same by their captions with dropped tokens, or by the stored text vectors without an encoder."""
         if encoder is None:
-            return self._search(self._bank.embeddings.take("text", self._rows))
-        captions = self._captions()
-        tokens = encoder.tokenize(captions)
-        share, seed = self._options.query_dropout, self._options.seed
-        pairs = zip(self._doc_ids.tolist(), tokens, strict=True)
-        dropped = [drop_tokens(row, share, seed, doc_id, variant) for doc_id, row in pairs]
-        return self._search(encoder.encode_tokens(dropped, self._options.batch))
+            return self._search(lambda part: self._bank.embeddings.take("text", self._rows[part]))
+        return self._search(lambda part: self._text_queries(encoder, variant, part))
 
-    def _captions(self) -> list[str]:
-        if not len(self._rows):
-            return []
+    def _text_queries(self, encoder: Encoder, variant: int, part: slice) -> np.ndarray:
         # Documents of a block that are in the bank are neighbours there, too.
-        return self._bank.captions(int(self._rows[0]), int(self._rows[-1]) + 1)
+        rows, options = self._rows[part], self._options
+        captions = self._bank.captions(int(rows[0]), int(rows[-1]) + 1)
+        pairs = zip(self._doc_ids[part].tolist(), encoder.tokenize(captions), strict=True)
+        dropped = [drop_tokens(row, options.query_dropout, options.seed, doc_id, variant) for doc_id, row in pairs]
+        return encoder.encode_tokens(dropped, options.batch)
 
-    def _search(self, queries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        keep = self._options.keep
-        scores = np.full((len(queries), keep), -np.inf, np.float32)
-        ids = np.full((len(queries), keep), -1, np.int64)
-        for start in range(0, len(queries), _QUERIES):
-            part = slice(start, start + _QUERIES)
-            _, found = self._bank.search(queries[part], self._options.search)
-            scores[part], ids[part] = self._score(queries[part], self._select(self._rows[part], found))
+    def _search(self, queries_of: Callable[[slice], np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        keep, count = self._options.keep, len(self._rows)
+        scores = np.full((count, keep), -np.inf, np.float32)
+        ids = np.full((count, keep), -1, np.int64)
+        for start in range(0, count, _QUERIES):
+            part = slice(start, min(start + _QUERIES, count))
+            queries = queries_of(part)
+            _, found = self._bank.search(queries, self._options.search)
+            scores[part], ids[part] = self._score(queries, self._select(self._rows[part], found))
         return scores, ids
 
     def _score(self, queries: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

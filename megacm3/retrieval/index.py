@@ -12,7 +12,7 @@ inner product; ids are document numbers, given explicitly and never by order. Fa
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -249,18 +249,19 @@ def _read(path: Path) -> Any:
     return index
 
 
-def write_shard(path: Path, trained: Any, ids: np.ndarray, vectors: np.ndarray) -> None:
-    """Add `vectors` (float32 [n, d]) under `ids` to a copy of the empty `trained` index and write it.
+def write_shard(path: Path, trained: Any, blocks: Iterable[tuple[np.ndarray, np.ndarray]]) -> None:
+    """Add blocks of ids (int64 [n]) and vectors (float32 [n, d]) to a copy of the empty `trained` index and write it.
 
     Raises DataError for no vectors (an empty index on disk cannot be read again) or ones that are not finite.
     """
     faiss = load_faiss()
-    if not len(ids):
-        raise DataError(f"{path} would be an empty shard")
-    if not np.isfinite(vectors).all():
-        raise DataError(f"{path}: {int((~np.isfinite(vectors).all(1)).sum())} vectors are not finite")
     index = faiss.clone_index(trained)
-    index.add_with_ids(np.ascontiguousarray(vectors, np.float32), np.ascontiguousarray(ids, np.int64))
+    for ids, vectors in blocks:
+        if not np.isfinite(vectors).all():
+            raise DataError(f"{path}: {int((~np.isfinite(vectors).all(1)).sum())} vectors are not finite")
+        index.add_with_ids(np.ascontiguousarray(vectors, np.float32), np.ascontiguousarray(ids, np.int64))
+    if not index.ntotal:
+        raise DataError(f"{path} would be an empty shard")
     faiss.write_index(index, str(path))
 
 

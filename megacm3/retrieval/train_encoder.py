@@ -19,7 +19,7 @@ import numpy as np
 from megacm3.errors import ConfigError, DataError
 from megacm3.files import new_folder, read_json, write_json, write_manifest
 from megacm3.retrieval.contrastive import fit
-from megacm3.retrieval.encoder import KIND, Encoder, document_vectors, encoder_fingerprint
+from megacm3.retrieval.encoder import KIND, Encoder, document_vectors, encoder_files, encoder_fingerprint
 from megacm3.retrieval.new_encoder import EncoderTraining, new_encoder
 from megacm3.retrieval.units import Job
 
@@ -165,8 +165,12 @@ def save(encoder: Encoder, folder: Path) -> None:
 
 
 def copy_encoder(source: str | Path, target: str | Path) -> None:
-    """Copy an encoder folder; the copy has the same fingerprint."""
-    shutil.copytree(source, target, ignore=shutil.ignore_patterns(".*"))
+    """Copy what makes an encoder into a new folder; the copy has the same fingerprint."""
+    with new_folder(target) as folder:
+        for path in encoder_files(Path(source)):
+            place = folder / path.relative_to(source)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, place)
 
 
 def recall(encoder: Encoder, pairs: Pairs) -> dict[str, float]:

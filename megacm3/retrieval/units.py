@@ -119,8 +119,8 @@ class Job:
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(self.work / PLAN, plan)
         (self.work / DONE).mkdir(exist_ok=True)
-        for leftover in self.folder.rglob(".*.tmp"):
-            leftover.unlink()
+        for leftover in list(self.folder.rglob(".*.tmp")):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
 
     def commit(self, settings: dict[str, Any], overwrite: bool = False) -> Manifest:
         """Put the working folder under its final name with a manifest of `settings` and the job's own."""

@@ -160,7 +160,8 @@ def _check_lists(table: NeighbourTable) -> int:
 def _recompute(table: NeighbourTable, bank: MemoryBank, encoder: str, share: float) -> int:
     names = ("keep", "search", "text_variants", "query_dropout", "alike", "duplicate", "block", "batch", "seed")
     settings = {name: table.settings[name] for name in names}
-    blocks = plan(NeighbourOptions(bank=str(bank.folder), output="", encoder=encoder, **settings), bank)
+    manifest = read_manifest(bank.folder, BANK_KIND)
+    blocks = plan(NeighbourOptions(bank=str(bank.folder), output="", encoder=encoder, **settings), manifest)
     rng = np.random.default_rng(seed_from("verify neighbours", table.fingerprint))
     chosen = rng.choice(blocks.count, max(1, math.ceil(share * blocks.count)), replace=False)
     documents = 0

@@ -201,7 +201,7 @@ def test_missing_and_empty_shards_are_found(made, copy):
 def test_counts_that_differ_are_found(made, copy, bank):
     folder = copy(made.bank)
     shard = folder / "index" / "shard-00001-of-00003.faiss"
-    write_shard(shard, new_index("Flat", DIM), np.arange(4), bank.embeddings.documents(np.arange(4)))
+    write_shard(shard, new_index("Flat", DIM), [(np.arange(4), bank.embeddings.documents(np.arange(4)))])
     again(folder)
     with pytest.raises(DataError, match=r"index holds 34 vectors.*manifest says 50"):
         MemoryBank.open(folder)
@@ -210,7 +210,9 @@ def test_counts_that_differ_are_found(made, copy, bank):
 def test_an_index_of_other_documents_is_found(made, copy, bank):
     folder = copy(made.bank)
     vectors = bank.embeddings.documents(np.arange(20, 40))
-    write_shard(folder / "index" / "shard-00001-of-00003.faiss", new_index("Flat", DIM), np.arange(20) + 900, vectors)
+    write_shard(
+        folder / "index" / "shard-00001-of-00003.faiss", new_index("Flat", DIM), [(np.arange(20) + 900, vectors)]
+    )
     again(folder)
     with pytest.raises(DataError, match=r"gave document 9.*the store has 55"):
         MemoryBank.open(folder).search(vectors, 1)

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, CLIPModel, CLIPProcessor
 
 from megacm3.errors import ConfigError, DataError
 from megacm3.retrieval.encoder import Encoder, document_vectors, encoder_fingerprint, normalise
+from megacm3.retrieval.train_encoder import copy_encoder
 from tests.unit.retrieval.conftest import flip
 
 
@@ -91,6 +92,12 @@ def test_a_folder_without_a_manifest_is_known_by_its_files(made, copy, encoder):
     (folder / "manifest.json").unlink()
     first = Encoder.load(folder)
     np.testing.assert_array_equal(first.encode_texts(["a bar"]), encoder.encode_texts(["a bar"]))
+    # What a download holds beside, for other frameworks, is neither read nor copied.
+    (folder / "pytorch_model.bin").write_bytes(b"pickles")
+    assert encoder_fingerprint(folder) == first.fingerprint
+    copy_encoder(folder, folder.parent / "copied")
+    assert encoder_fingerprint(folder.parent / "copied") == first.fingerprint
+    assert not (folder.parent / "copied" / "pytorch_model.bin").exists()
     flip(folder / "model.safetensors")
     assert first.fingerprint != encoder_fingerprint(folder)
 

@@ -45,7 +45,7 @@ def build(folder: Path, factory: str, vectors: np.ndarray, shards: int = 3) -> t
     paths = [folder / f"s{n}.faiss" for n in range(shards)]
     for n, path in enumerate(paths):
         # Not in order: shard n holds every third vector.
-        write_shard(path, index, IDS[: len(vectors)][n::shards], vectors[n::shards])
+        write_shard(path, index, [(IDS[: len(vectors)][n::shards], vectors[n::shards])])
     return folder / "trained.faiss", paths
 
 
@@ -148,11 +148,11 @@ def test_nothing_can_be_added_to_an_opened_index(tmp_path, vectors):
 def test_empty_shards_and_vectors_that_are_no_numbers_are_refused(tmp_path, vectors):
     index = new_index("Flat", DIM)
     with pytest.raises(DataError, match="empty shard"):
-        write_shard(tmp_path / "s", index, IDS[:0], vectors[:0])
+        write_shard(tmp_path / "s", index, [])
     broken = vectors[:3].copy()
     broken[1, 2] = np.nan
     with pytest.raises(DataError, match="not finite"):
-        write_shard(tmp_path / "s", index, IDS[:3], broken)
+        write_shard(tmp_path / "s", index, [(IDS[:3], broken)])
     load_faiss().write_index(index, str(tmp_path / "s"))
     with pytest.raises(DataError, match="empty shard"):
         FaissShards([tmp_path / "s"])

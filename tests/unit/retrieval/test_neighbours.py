@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from megacm3.errors import ConfigError, DataError
+from megacm3.files import read_manifest, write_manifest
 from megacm3.retrieval.bank import MemoryBank
 from megacm3.retrieval.encoder import Encoder
 from megacm3.retrieval.find_neighbours import drop_tokens, find_neighbours, join_clusters, plan
@@ -175,7 +176,7 @@ def test_blocks_change_nothing_but_the_files(made, table, tmp_path):
 
 def test_interrupted_work_goes_on_to_the_same_bytes(made, bank, tmp_path):
     options = made.neighbour_options(tmp_path / "n")
-    blocks = plan(options, bank)
+    blocks = plan(options, read_manifest(made.bank, "bank"))
     names = ("keep", "search", "text_variants", "query_dropout", "alike", "duplicate", "batch", "seed")
     settings = {name: getattr(options, name) for name in names} | {"block": 20}
     inputs = {"bank": bank.fingerprint} | bank.inputs
@@ -255,8 +256,6 @@ def test_verification_recomputes_and_finds_what_was_changed(made, copy, tmp_path
 
 def remake(folder) -> None:
     """The manifest anew, as if the folder had been made so."""
-    from megacm3.files import read_manifest, write_manifest
-
     manifest = read_manifest(folder, "neighbours", verify="none")
     (folder / "manifest.json").unlink()
     write_manifest(folder, "neighbours", manifest.settings, manifest.inputs)
