@@ -27,7 +27,8 @@ transformers' `{hf_class}`.
 
 Text ids and image codes share one vocabulary; `megacm3.json` has the table, `text_tokenizer/` and `image_tokenizer/`
 turn text and pictures into ids and back. The licence of the data and any safety filtering are those of the run: this
-card states nothing that the run did not record.
+card states nothing that the run did not record. Special names inside a text become special tokens, as is usual with
+transformers; for text that you do not trust pass `split_special_tokens=True`.
 
 ## Training configuration
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 from megacm3.config import ModelConfig
+from megacm3.convert.tokenizer import RELEASED
 from megacm3.errors import CheckpointError
 from megacm3.tokenizers.vocabulary import Vocabulary, image_name
 
@@ -73,8 +74,7 @@ def to_hf_config(kind: str, model: ModelConfig, ids: dict[str, int | None], dtyp
 
 def vocabulary_map(vocabulary: Vocabulary) -> dict[str, int]:
     """Name -> id of the image codes and special tokens, in the released spelling, for ChameleonConfig."""
-    released = {"<eoss>": "<eoss>", "<break>": "<racm3:break>", "<end-of-turn>": "<reserved08706>"}
-    special = {released.get(name, name): i for name, i in vocabulary.special}
+    special = {RELEASED.get(name, name): i for name, i in vocabulary.special}
     return special | {image_name(code): int(i) for code, i in enumerate(vocabulary.code_to_id)}
 
 

@@ -17,6 +17,7 @@ from megacm3.convert.card import model_card
 from megacm3.convert.configs import SIDECAR, special_ids, to_hf_config, vocabulary_map
 from megacm3.convert.export_weights import EXTRAS, write_weights
 from megacm3.convert.names import Name, export_kind, names
+from megacm3.convert.tokenizer import write_tokenizer
 from megacm3.convert.twin import AUTO_MAP, ship
 from megacm3.convert.vq import VqModel
 from megacm3.errors import CheckpointError, ConfigError, DataError
@@ -137,7 +138,11 @@ def _write_configs(export: Export, folder: Path) -> None:
     if export.vocabulary is None:
         log.warning("the checkpoint knows no vocabulary: %s is left out, tools/generate.py needs it", SIDECAR)
         return
-    write_json(folder / SIDECAR, _sidecar(export, export.vocabulary))
+    sidecar = _sidecar(export, export.vocabulary)
+    write_json(folder / SIDECAR, sidecar)
+    text = export.tokenizers.get("text_tokenizer")
+    if text is not None:
+        write_tokenizer(folder, text, export.vocabulary, export.config.model.sequence_length, sidecar["image_size"])
 
 
 def _sidecar(export: Export, vocabulary: Vocabulary) -> dict[str, Any]:
