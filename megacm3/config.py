@@ -465,12 +465,20 @@ def _check_model(config: Config) -> None:
     if rows < model.vocab_size:
         raise ConfigError(f"model.vocab_rows = {rows} is less than model.vocab_size = {model.vocab_size}")
     _divides("model.vocab_rows" if model.vocab_rows else "model.vocab_size", rows, "parallel.tensor", parallel.tensor)
+    if rows - model.vocab_size >= rows // parallel.tensor:
+        nearest = -(-model.vocab_size // parallel.tensor) * parallel.tensor
+        raise ConfigError(
+            f"model.vocab_rows = {rows} leaves the last of parallel.tensor = {parallel.tensor} ranks without any of "
+            f"model.vocab_size = {model.vocab_size} ids; nearest: {nearest}"
+        )
     if parallel.sequence and parallel.tensor == 1:
         raise ConfigError("parallel.sequence = true needs parallel.tensor > 1; found parallel.tensor = 1")
     if parallel.sequence:
         _divides("model.sequence_length", model.sequence_length, "parallel.tensor", parallel.tensor)
     if model.qk_norm != "none":
         _divides("model.heads", model.heads, "model.qk_norm_groups", model.qk_norm_groups)
+        groups = min(model.qk_norm_groups, model.kv_heads)
+        _divides("model.kv_heads", model.kv_heads, "model.qk_norm_groups", groups)
     if model.positions == "rope" and model.hidden_size // model.heads % 2:
         raise ConfigError(f"model.positions = rope needs an even head size; found {model.hidden_size // model.heads}")
 
@@ -490,6 +498,8 @@ def _check_rest(config: Config) -> None:
     for key in ("data.rotation", "objective.whole_segment", "model.dropout", "optimizer.schedule.final"):
         if not 0 <= _get(config, key) <= 1:
             raise ConfigError(f"{key} = {_get(config, key)}; expected a share from 0 to 1")
+    if config.model.dropout == 1:
+        raise ConfigError("model.dropout = 1 drops everything; expected less than 1")
     if data.position_reset and not data.document_mask:
         raise ConfigError("data.position_reset = true needs data.document_mask = true")
     if len(config.optimizer.betas) != 2:

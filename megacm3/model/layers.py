@@ -63,6 +63,7 @@ class HeadNorm(torch.nn.Module):
 
     weight: torch.nn.Parameter
     bias: torch.nn.Parameter
+    rows: torch.Tensor | None
 
     def __init__(self, name: str, heads: int, model: ModelConfig, context: ParallelContext, dtype: torch.dtype) -> None:
         super().__init__()
@@ -71,8 +72,8 @@ class HeadNorm(torch.nn.Module):
         local = heads // context.tensor
         first = context.tensor_rank * local
         # Row of the parameter for each head of this rank.
-        row = (torch.arange(first, first + local) * groups // heads).tolist()
-        self.rows: list[int] | None = row if groups > 1 else None
+        rows = torch.tensor([head * groups // heads for head in range(first, first + local)], device=context.device)
+        self.register_buffer("rows", rows if groups > 1 else None, persistent=False)
         for kind in ("weight",) if self.rms else ("weight", "bias"):
             parameter = torch.nn.Parameter(torch.empty(groups, size, dtype=dtype, device=context.device))
             parts.attach(parameter, [parts.whole(f"{name}.{kind}", (groups, size))], split=False)
@@ -80,7 +81,7 @@ class HeadNorm(torch.nn.Module):
 
     def _per_head(self, parameter: torch.Tensor) -> torch.Tensor:
         parameter = summed_over_tensor_ranks(parameter, self.context)
-        return parameter[0] if self.rows is None else parameter[self.rows]
+        return parameter[0] if self.rows is None else parameter.index_select(0, self.rows)
 
     def forward(self, x_SBAD: torch.Tensor) -> torch.Tensor:
         """[S, B, A, D] -> [S, B, A, D]."""

@@ -127,7 +127,7 @@ def build_context(config: Config, device: torch.device) -> ParallelContext:
         data_group=_groups(grid.transpose(0, 2, 1).reshape(-1, data), rank),
         pipeline_group=_groups(grid.transpose(1, 2, 0).reshape(-1, pipeline), rank),
         model_group=_groups(grid.transpose(1, 0, 2).reshape(data, -1), rank),
-        control_group=dist.new_group(backend="gloo"),
+        control_group=dist.new_group(backend="gloo" if device.type == "cuda" else None),
         device=device,
     )
 
