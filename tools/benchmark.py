@@ -1,4 +1,8 @@
-"""Measure on this machine: convert = export and import at a model's real size, beside plain copies of its bytes."""
+"""Measure on this machine.
+
+convert = export and import at a model's real size, beside plain copies of its bytes. pretokenize = pictures to codes on
+all cores, beside the bare decoding and encoding of a picture.
+"""
 
 import argparse
 import sys
@@ -7,6 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megacm3.command import run
+from megacm3.errors import ConfigError
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -17,12 +22,31 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--tensor", type=int, default=4, metavar="T", help="default %(default)s")
     convert.add_argument("--pipeline", type=int, default=2, metavar="P", help="default %(default)s")
     convert.add_argument("--work", default="benchmark", metavar="DIR", help="where the files go, removed afterwards")
+    pretokenize = commands.add_parser("pretokenize", help="512-pixel JPEGs through a 64-pixel encoder")
+    pretokenize.add_argument("--pictures", type=int, default=4000, help="default %(default)s")
+    pretokenize.add_argument(
+        "--work", default="benchmark", metavar="DIR", help="where the files go, removed afterwards"
+    )
     return parser
+
+
+def _pretokenize(given: argparse.Namespace) -> int:
+    from megacm3.data.benchmark import benchmark_pretokenize
+
+    if Path(given.work).exists():
+        raise ConfigError(f"--work {given.work} exists already; it would be removed")
+    timing = benchmark_pretokenize(Path(given.work), given.pictures)
+    print(f"one thread: decoding {timing.decode * 1e3:.2f} ms, encoding {timing.encode * 1e3:.2f} ms a picture")
+    print(f"{timing.cores} cores could give {timing.ceiling:.0f} pictures/s; the job gave {timing.rate:.0f}/s")
+    print(f"pretokenize: {100 * timing.rate / timing.ceiling:.0f} % of what the cores can give")
+    return 0
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Measure and print."""
     given = _parser().parse_args(arguments)
+    if given.command == "pretokenize":
+        return _pretokenize(given)
 
     from megacm3.convert.benchmark import convert
 

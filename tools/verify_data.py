@@ -33,7 +33,8 @@ def main(arguments: list[str] | None = None) -> int:
     elif kind in ("bank", "neighbours"):
         from megacm3.retrieval.verify import verify_bank, verify_neighbours
 
-        counted = str((verify_bank if kind == "bank" else verify_neighbours)(folder))
+        check = (verify_bank if kind == "bank" else verify_neighbours)(folder)
+        counted = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in vars(check).items())
     elif isinstance(kind, str):
         counted = f"{len(read_manifest(folder, kind, verify='sha256').files)} files with the right hashes"
     else:

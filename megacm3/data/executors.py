@@ -230,7 +230,8 @@ def _bar(work: Path, total: int) -> Iterator[None]:
 
     def show() -> None:
         sums = [0, 0]
-        for path in (work / "progress").glob("*-*"):
+        # Names with a dot in front are half-written.
+        for path in (work / "progress").glob("[!.]*"):
             sums = [a + b for a, b in zip(sums, _numbers(path), strict=True)]
         bar.set_postfix(documents=sums[1], refresh=False)
         bar.update(min(sums[0], total) - bar.n)

@@ -16,6 +16,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 """What is opened; PIL's other formats (EPS, PDF, PSD ...) are refused as `unknown_format`."""
 
+_ORIENTATION = 0x0112
+"""EXIF's tag; 1 is upright."""
+
 Picture: TypeAlias = Image.Image
 
 # `ImageLimits.max_pixels` rejects earlier than PIL warns, and by name.
@@ -68,7 +71,9 @@ def open_image(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> Picture:
         image.seek(0)
         image.load()
         frames = getattr(image, "n_frames", 1)
-        picture = _to_rgb(ImageOps.exif_transpose(image))
+        # Without an orientation to undo, exif_transpose would copy the whole picture for nothing.
+        turned = image.getexif().get(_ORIENTATION, 1) != 1
+        picture = _to_rgb(ImageOps.exif_transpose(image) if turned else image)
         picture.info["frames"] = frames
         return picture
     except Image.DecompressionBombError as fault:

@@ -214,7 +214,7 @@ def test_strict_settings(override, message):
 def test_presets(name, parameters, grid):
     path = ROOT / "examples" / "configs" / f"image_tokenizer_{name}.yaml"
     if name != "quickstart":
-        with pytest.raises(ConfigError, match="loss.perceptual_path"):
+        with pytest.raises(ConfigError, match=r"loss\.perceptual_path"):
             load_image_config(path)
     config = load_image_config(path, [f"loss.perceptual_path={path}"])
     assert config.network.image_size // 2 ** (len(config.network.channels) - 1) == grid

@@ -1,0 +1,117 @@
+"""How near pretokenization comes to what the cores can give."""
+
+import io
+import os
+import shutil
+import tarfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megacm3.command import seed_from
+
+_SIDE = 512
+"""Side of the JPEGs: large enough that decoding matters."""
+
+
+@dataclass(frozen=True)
+class PretokenizeTiming:
+    """What was measured."""
+
+    pictures: int
+    decode: float
+    """Seconds to open, decode and resize a picture, one thread."""
+    encode: float
+    """Seconds to encode a picture in batches of 32, one thread."""
+    cores: int
+    rate: float
+    """Pictures a second of the whole job, after the libraries are imported."""
+
+    @property
+    def ceiling(self) -> float:
+        """Pictures a second that the cores could give: cores / (decode + encode)."""
+        return self.cores / (self.decode + self.encode)
+
+
+def benchmark_pretokenize(work: Path, pictures: int = 4000, shards: int = 8) -> PretokenizeTiming:
+    """Pretokenize random 512-pixel JPEGs with a 64-pixel encoder of 0.3M parameters, beside its bare parts.
+
+    Files go below `work`, which is removed afterwards.
+    """
+    import torch
+
+    from megacm3.data.executors import ExecutorOptions
+    from megacm3.data.images import open_image, prepare_image
+    from megacm3.data.pretokenize import PretokenizeOptions, pretokenize
+    from megacm3.tokenizers.image import ImageTokenizer
+
+    cores = len(os.sched_getaffinity(0))
+    work.mkdir(parents=True)
+    try:
+        _tokenizers(work)
+        sample = [_jpeg(n) for n in range(200)]
+        for shard in range(shards):
+            _write_shard(work / "in" / f"{shard:05d}.tar", range(shard, pictures, shards), sample)
+        _write_shard(work / "warm" / "0.tar", range(cores), sample)
+        torch.set_num_threads(1)
+        began = time.perf_counter()
+        pixels = [prepare_image(open_image(data), 64) for data in sample]
+        decode = (time.perf_counter() - began) / len(sample)
+        tokenizer = ImageTokenizer.load(work / "image")
+        tokenizer.encode(np.stack(pixels[:32]))
+        began = time.perf_counter()
+        for start in range(0, len(pixels), 32):
+            tokenizer.encode(np.stack(pixels[start : start + 32]))
+        encode = (time.perf_counter() - began) / len(sample)
+        text, image = str(work / "text"), str(work / "image")
+        where = ExecutorOptions(workers=cores)
+        # The first job starts the server that workers are forked from, with its imports.
+        for name in ("warm", "in"):
+            began = time.perf_counter()
+            pretokenize(PretokenizeOptions((str(work / name),), text, image, str(work / f"{name}-store"), where=where))
+            seconds = time.perf_counter() - began
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return PretokenizeTiming(pictures, decode, encode, cores, pictures / seconds)
+
+
+def _tokenizers(work: Path) -> None:
+    import torch
+
+    from megacm3.tokenizers.image import save_image_tokenizer
+    from megacm3.tokenizers.image_config import NetworkConfig
+    from megacm3.tokenizers.text import train_text_tokenizer
+    from megacm3.tokenizers.train_image import build_network
+
+    train_text_tokenizer([_caption(n) for n in range(200)], 512, work / "text")
+    torch.manual_seed(seed_from("benchmark"))
+    config = NetworkConfig(64, [16, 32, 48, 64], 1, [], False, 32, 512, 16, norm_groups=8)
+    save_image_tokenizer(build_network(config), 64, work / "image")
+
+
+def _caption(number: int) -> str:
+    return f"picture number {number} of a benchmark, with a caption of common length"
+
+
+def _jpeg(number: int) -> bytes:
+    from PIL import Image
+
+    rng = np.random.default_rng(seed_from("benchmark picture", number))
+    # Coarse shapes with some noise compress as photographs do, to about 60 kB.
+    shapes = Image.fromarray(rng.integers(0, 256, (24, 24, 3), dtype=np.uint8)).resize((_SIDE, _SIDE), 3)
+    noisy = np.asarray(shapes) + rng.normal(0, 6, (_SIDE, _SIDE, 1))
+    buffer = io.BytesIO()
+    Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=85)
+    return buffer.getvalue()
+
+
+def _write_shard(path: Path, numbers: range, sample: list[bytes]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for number in numbers:
+            for suffix, data in (("jpg", sample[number % len(sample)]), ("txt", _caption(number).encode())):
+                info = tarfile.TarInfo(f"{number:08d}.{suffix}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
