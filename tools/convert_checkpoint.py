@@ -31,6 +31,7 @@ def _parser() -> argparse.ArgumentParser:
     from_hf.add_argument(
         "--model", required=True, metavar="DIR", help="of transformers' form, or Meta's consolidated.*.pth"
     )
+    from_hf.add_argument("--extend-vocab", type=int, default=0, metavar="N", help="add N ids, with average rows")
     from_hf.add_argument(
         "--trust-pickle", action="store_true", help="read .pth files, which can run code of their maker"
     )

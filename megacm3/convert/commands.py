@@ -11,8 +11,8 @@ from megacm3.checkpoint.pieces import PARAM
 from megacm3.checkpoint.reader import Checkpoint
 from megacm3.checkpoint.reshard import config_of, find_step, reshard
 from megacm3.convert.export_weights import weight_bytes
+from megacm3.convert.extend import Extended
 from megacm3.convert.from_hf import from_hf, opened
-from megacm3.convert.meta import MetaFolder
 from megacm3.convert.to_hf import Export, to_hf
 from megacm3.convert.verify import Verdict, compare
 
@@ -70,12 +70,14 @@ def from_hf_command(given: argparse.Namespace) -> list[str]:
     begun = time.monotonic()
     verdicts: list[Verdict] = []
 
-    with opened(given.model, given.output, trust_pickle=given.trust_pickle) as source:
+    options = {"trust_pickle": given.trust_pickle, "extend_vocab": given.extend_vocab}
+    with opened(given.model, given.output, **options) as source:
+        original = source.source if isinstance(source, Extended) else source
 
         def gate(folder: Path) -> None:
             if not given.no_gate:
-                checkpoint, own = Checkpoint(folder), source if isinstance(source, MetaFolder) else None
-                verdicts.append(compare(checkpoint, config_of(checkpoint.config, 1, 1), source.folder, own))
+                checkpoint = Checkpoint(folder)
+                verdicts.append(compare(checkpoint, config_of(checkpoint.config, 1, 1), source.folder, original))
 
         total = sum(dtype.itemsize * whole(shape).numel for _, dtype, shape in source.tensors.values())
         with _bytes_written(total) as done:

@@ -17,6 +17,7 @@ from megacm3.checkpoint.tensors import CODES, Entry, in_file_order, write_tensor
 from megacm3.config import Config, ModelConfig
 from megacm3.convert.configs import SIDECAR, from_hf_config
 from megacm3.convert.export_weights import EXTRAS
+from megacm3.convert.extend import Extended
 from megacm3.convert.folder import HfFolder, Source
 from megacm3.convert.meta import MetaFolder, is_meta_folder
 from megacm3.convert.names import OPT_OFFSET, Name, head_rows, names
@@ -30,9 +31,18 @@ KEPT = ("model.vqmodel.",)
 
 
 @contextmanager
-def opened(model: str | Path, output: str | Path, *, trust_pickle: bool = False) -> Iterator[Source]:
-    """The folder to import: of transformers' form or, unpickled beside the output meanwhile, of Meta's."""
+def opened(
+    model: str | Path, output: str | Path, *, trust_pickle: bool = False, extend_vocab: int = 0
+) -> Iterator[Source]:
+    """The folder to import: of transformers' form or, unpickled beside the output meanwhile, of Meta's.
+
+    extend_vocab: ids to add at the end of the vocabulary.
+    """
     folder, output = Path(model), Path(output)
+    if extend_vocab:
+        with opened(model, output, trust_pickle=trust_pickle) as source:
+            yield Extended(source, extend_vocab)
+        return
     if not is_meta_folder(folder):
         yield HfFolder(folder)
         return
@@ -103,7 +113,9 @@ def _vocabulary(source: Source) -> dict[str, Any]:
     """The table of ids: from the folder's megacm3.json, else from a Chameleon config; nothing where neither has it."""
     path, config = source.folder / SIDECAR, source.config
     if path.is_file():
-        return {"vocabulary": read_json(path, error=CheckpointError).get("vocabulary")}
+        tree = read_json(path, error=CheckpointError).get("vocabulary")
+        # Added ids are reserved: none of them is text, image or special until the table says so.
+        return {"vocabulary": tree | {"size": max(tree["size"], config["vocab_size"])} if tree else None}
     ids = config.get("vocabulary_map") or {}
     if image_name(0) not in ids:
         return {}

@@ -21,7 +21,7 @@ from megacm3.checkpoint.pieces import PARAM
 from megacm3.checkpoint.reader import Checkpoint
 from megacm3.config import Config
 from megacm3.convert.configs import CLASSES
-from megacm3.convert.folder import HfFolder
+from megacm3.convert.folder import HfFolder, Source
 from megacm3.convert.meta import MetaFolder, meta_logits
 from megacm3.errors import CheckpointError, Megacm3Error
 from megacm3.parallel.cpu import prepare
@@ -215,7 +215,7 @@ def compare(
     checkpoint: Checkpoint,
     config: Config,
     folder: Path,
-    source: MetaFolder | None = None,
+    source: Source | None = None,
     kind: str = PARAM,
     dtype: torch.dtype = torch.float32,
     tolerance: float = TOLERANCE,
@@ -227,13 +227,15 @@ def compare(
     Raises CheckpointError when a logit differs by more than `tolerance` of the largest one, or is not finite.
     """
     length = min(config.model.sequence_length, 128)
-    batches = [random_batch(config.model.vocab_size, length)]
+    # A source has fewer ids where --extend-vocab added some.
+    ids = source.config["vocab_size"] if source is not None else HfFolder(folder).config["vocab_size"]
+    batches = [random_batch(ids, length)]
     real = real_batch(config, checkpoint.state, length)
     batches += [] if real is None else [real]
     ours = trainer_logits(checkpoint, config, batches, kind, dtype)
-    theirs = hf_logits(folder, batches) if source is None else meta_logits(source, batches)
+    theirs = meta_logits(source, batches) if isinstance(source, MetaFolder) else hf_logits(folder, batches)
     largest = 0.0
-    for a, b in zip(ours, theirs, strict=True):
+    for a, b in zip((logits[..., :ids] for logits in ours), theirs, strict=True):
         top = float(a.abs().max())
         relative = float((a - b).abs().max()) / top if top else float(b.abs().max())
         largest = relative if not relative <= largest else largest  # a NaN stays
@@ -242,7 +244,10 @@ def compare(
             f"the logits of {folder} differ from the trainer's by {largest:.2e} of the largest; "
             f"at most {tolerance:.0e} is rounding. Nothing was written"
         )
-    if source is None and sum(path.stat().st_size for path in folder.glob("*.safetensors")) <= LOADED_WHOLE:
+    if (
+        not isinstance(source, MetaFolder)
+        and sum(path.stat().st_size for path in folder.glob("*.safetensors")) <= LOADED_WHOLE
+    ):
         check_loading(folder)
     tokens = sum(batch.numel() for batch in batches)
     return Verdict(largest, tokens, ("random",) if real is None else ("random", "real"))

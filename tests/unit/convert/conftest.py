@@ -65,7 +65,7 @@ def assert_byte_equal(first: Path, second: Path) -> None:
         assert torch.equal(value.view(torch.uint8), b[name].view(torch.uint8)), name
 
 
-def import_hf(folder: Path, output: Path, tensor: int = 1, pipeline: int = 1, **options: bool) -> Path:
+def import_hf(folder: Path, output: Path, tensor: int = 1, pipeline: int = 1, **options: int) -> Path:
     """As the command does, without its gate."""
-    with opened(folder, output, **options) as source:
+    with opened(folder, output, **options) as source:  # type: ignore[arg-type]
         return from_hf(source, output, tensor, pipeline)
