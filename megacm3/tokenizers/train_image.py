@@ -10,6 +10,8 @@ import json
 import logging
 import math
 import os
+import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -272,13 +274,32 @@ def _ranks(device: str) -> Iterator[None]:
         dist.destroy_process_group()
 
 
+@contextmanager
+def _asked_to_stop() -> Iterator[threading.Event]:
+    """Set on Ctrl-C or SIGTERM, so that a run ends between two steps; torchrun passes both to every rank."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    signals = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda *_: asked.set()) for number in signals]
+    try:
+        yield asked
+    finally:
+        for number, handler in zip(signals, before, strict=True):
+            signal.signal(number, handler)
+
+
 def _loop(trainer: Trainer, job: str) -> None:
     train = trainer.config.train
     began, before, logged = time.monotonic(), trainer.elapsed, time.monotonic()
-    try:
+    with _asked_to_stop() as asked:
         while trainer.progress() < 1.0:
             figures = trainer.train_step()
-            trainer.elapsed = _agree(before + time.monotonic() - began, trainer)
+            trainer.elapsed, stop = _agree(before + time.monotonic() - began, asked.is_set(), trainer)
+            if stop:
+                trainer.save(job)
+                raise Stopped(f"stopped after step {trainer.step}; run the same command again to continue")
             if trainer.step % train.save_every == 0:
                 trainer.save(job)
             if time.monotonic() - logged > _LOG_SECONDS and trainer.rank == 0:
@@ -286,19 +307,16 @@ def _loop(trainer: Trainer, job: str) -> None:
                 left = trainer.elapsed * (1 - trainer.progress()) / max(trainer.progress(), 1e-9)
                 losses = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
                 logger.info("step %d, %s, %.0f s left", trainer.step, losses, left)
-    except KeyboardInterrupt:
         trainer.save(job)
-        raise Stopped(f"stopped after step {trainer.step}; run the same command again to continue") from None
-    trainer.save(job)
 
 
-def _agree(seconds: float, trainer: Trainer) -> float:
-    # All ranks must end at the same step, so rank 0's clock is everyone's.
-    if trainer.world == 1 or not trainer.config.train.seconds:
-        return seconds
-    value = torch.tensor([seconds], dtype=torch.float64, device=trainer.device)
-    dist.broadcast(value, 0)
-    return float(value)
+def _agree(seconds: float, stop: bool, trainer: Trainer) -> tuple[float, bool]:
+    # All ranks must end at the same step: the slowest clock and any rank's wish to stop hold for all.
+    if trainer.world == 1:
+        return seconds, stop
+    value = torch.tensor([seconds, float(stop)], dtype=torch.float64, device=trainer.device)
+    dist.all_reduce(value, dist.ReduceOp.MAX)
+    return float(value[0]), bool(value[1])
 
 
 def train_image_tokenizer(
@@ -314,7 +332,7 @@ def train_image_tokenizer(
     """Train on pictures, continue where a stopped run of the same `job` was, write the folder `output`.
 
     The state lies in `output`.work until then. The folder gets report.json (also returned) and reconstructions.png, of
-    `held_out` pictures where given. Raises Stopped on Ctrl-C, Diverged, DataError.
+    `held_out` pictures where given. Raises Stopped after Ctrl-C or SIGTERM, Diverged, DataError.
     """
     work = Path(str(output).rstrip("/") + ".work")
     with _ranks(config.train.device):
