@@ -110,16 +110,25 @@ def _run(options: PretokenizeOptions, work: Path, plan: dict[str, Any], started:
     return _report(store, time.monotonic() - started)
 
 
+_LOCK_SECONDS = 5.0
+"""Workers of a run that was just killed hold its lock until they are gone too."""
+
+
 @contextmanager
 def _only_one(work: Path) -> Iterator[None]:
     # Two runs on one work folder would remove each other's unfinished files. The lock ends with the process.
     import fcntl
 
     with open(work / "lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as fault:
-            raise DataError(f"another process is at work on {work}; wait for it or end it") from fault
+        deadline = time.monotonic() + _LOCK_SECONDS
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as fault:
+                if time.monotonic() > deadline:
+                    raise DataError(f"another process is at work on {work}; wait for it or end it") from fault
+                time.sleep(0.1)
         yield
 
 
