@@ -11,8 +11,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from megacm3.command import run as run_command
-from megacm3.config import Config, load_config
+from megacm3.config import Config
 from megacm3.errors import ConfigError
+from megacm3.resolve import load_config
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:

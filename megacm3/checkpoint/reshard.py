@@ -16,9 +16,11 @@ from megacm3.checkpoint.commit import discover
 from megacm3.checkpoint.pieces import Piece, index_of, manifest_settings
 from megacm3.checkpoint.reader import KIND, Checkpoint, key_of
 from megacm3.checkpoint.tensors import CHUNK, Entry, in_file_order, write_tensors
-from megacm3.config import Config, check, merge
+from megacm3.config import Config
 from megacm3.errors import CheckpointError
 from megacm3.files import MANIFEST, new_folder, write_manifest
+from megacm3.resolve import merge
+from megacm3.rules import check
 
 log = logging.getLogger(__name__)
 Read = Callable[[str, str, Box, torch.Tensor], None]

@@ -18,13 +18,13 @@ from megacm3.checkpoint.pieces import PARAM
 from megacm3.checkpoint.reader import Checkpoint
 from megacm3.checkpoint.reshard import config_of, write_checkpoint
 from megacm3.command import seed_from
-from megacm3.config import load_config
 from megacm3.convert.folder import HfFolder
 from megacm3.convert.from_hf import from_hf
 from megacm3.convert.names import export_kind, names
 from megacm3.convert.to_hf import Export, to_hf
 from megacm3.errors import ConfigError
 from megacm3.files import sha256_file
+from megacm3.resolve import load_config
 
 COPIES = 4
 """Copies of the weights that the run needs room for: checkpoint, copy, export, import."""

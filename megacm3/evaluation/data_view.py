@@ -9,7 +9,7 @@ import numpy as np
 from markupsafe import Markup
 
 from megacm3.command import seed_from
-from megacm3.config import Config, load_config
+from megacm3.config import Config
 from megacm3.data import cm3
 from megacm3.data.build import build_stream
 from megacm3.data.documents import IMAGE, Document, Layout
@@ -19,6 +19,7 @@ from megacm3.data.stream import PackedSequence, Stream
 from megacm3.errors import ConfigError, DataError
 from megacm3.evaluation.page import Figure, Section, render
 from megacm3.files import read_manifest
+from megacm3.resolve import load_config
 from megacm3.retrieval.sampler import open_sampler
 from megacm3.tokenizers.image import ImageTokenizer
 from megacm3.tokenizers.text import TextTokenizer

@@ -122,7 +122,7 @@ class ImageTokenizerConfig:
 
 def load_image_config(path: str | Path | None, overrides: list[str] | None = None) -> ImageTokenizerConfig:
     """The settings of a YAML file and dotted `key=value` overrides. Raises ConfigError."""
-    from megacm3.config import merge, parse_overrides, read_yaml
+    from megacm3.resolve import merge, parse_overrides, read_yaml
 
     layers = [(str(path), read_yaml(path))] if path else []
     layers.append(("command line", parse_overrides(overrides or [])))

@@ -39,7 +39,7 @@ _RENAMES = (
 
 def read_network_config(path: str | Path) -> NetworkConfig:
     """The network that a taming or Chameleon YAML (`model.params` with `ddconfig`) describes. Raises ConfigError."""
-    from megacm3.config import read_yaml
+    from megacm3.resolve import read_yaml
 
     tree = read_yaml(path)
     params: Any = tree.get("model", {}).get("params", {})

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from megacm3.checkpoint.commit import discover
 from megacm3.checkpoint.store import load, save
-from megacm3.config import Config, save_config
+from megacm3.config import Config
 from megacm3.data.build import build_stream
 from megacm3.data.loader import Loader, check_resume
 from megacm3.data.stream import Stream
@@ -21,6 +21,7 @@ from megacm3.errors import CheckpointError
 from megacm3.parallel.context import ParallelContext
 from megacm3.parallel.engine import Engine
 from megacm3.parallel.replicated import check_replicas
+from megacm3.resolve import save_config
 from megacm3.training.report import write_report
 
 log = logging.getLogger(__name__)

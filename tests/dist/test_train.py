@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from megacm3.config import load_config
+from megacm3.resolve import load_config
 from tests.helpers.stores import make_store
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -7,8 +7,9 @@ import torch
 from megacm3.checkpoint.boxes import Box, whole
 from megacm3.checkpoint.reader import Checkpoint
 from megacm3.checkpoint.reshard import write_checkpoint
-from megacm3.config import Config, load_config
+from megacm3.config import Config
 from megacm3.convert.names import export_kind, names
+from megacm3.resolve import load_config
 
 KINDS = {"param": torch.bfloat16, "master": torch.float32, "exp_avg": torch.float32, "exp_avg_sq": torch.float32}
 

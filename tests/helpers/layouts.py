@@ -82,8 +82,8 @@ def kinds(config: Any) -> torch.Tensor:
 
 def start(overrides: list[str]) -> tuple[Any, Any, Any]:
     """(config, context, Engine) on a rank of the pool."""
-    from megacm3.config import load_config
     from megacm3.parallel.cpu import choose_device, prepare
+    from megacm3.resolve import load_config
 
     device = choose_device("cpu")
     prepare(device)

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from megacm3.config import load_config
 from megacm3.presets import PRESETS
+from megacm3.resolve import load_config
 from megacm3.train import check_launch
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -1,11 +1,11 @@
 import pytest
 
 from megacm3.checkpoint.boxes import whole
-from megacm3.config import load_config
 from megacm3.convert.configs import vocabulary_map
 from megacm3.convert.names import export_kind, head_rows, names
 from megacm3.errors import ConfigError
 from megacm3.presets import PRESETS
+from megacm3.resolve import load_config
 from megacm3.tokenizers.vocabulary import Vocabulary
 
 

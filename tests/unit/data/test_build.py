@@ -6,12 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megacm3.config import Config, load_config
+from megacm3.config import Config
 from megacm3.data.build import build_stream
 from megacm3.data.documents import IMAGE, TEXT
 from megacm3.data.parts import PartWriter, assemble, write_store
 from megacm3.data.store import Store, StoreShape
 from megacm3.errors import ConfigError, DataError
+from megacm3.resolve import load_config
 from megacm3.tokenizers.vocabulary import Vocabulary
 
 SHAPE = StoreShape(text_size=300, codebook_size=64, image_tokens=16, image_size=32)

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megacm3.config import load_config
 from megacm3.data.build import build_stream
 from megacm3.data.mixture import Mixture, Stage
 from megacm3.data.store import part_name
@@ -16,6 +15,7 @@ from megacm3.data.stream import Stream
 from megacm3.data.synthetic import RandomNeighbours, SyntheticStore
 from megacm3.data.windows import Source, StreamSettings
 from megacm3.files import write_manifest
+from megacm3.resolve import load_config
 from megacm3.tokenizers.vocabulary import Vocabulary
 
 PART, PARTS = 1_000_000, 100

@@ -7,10 +7,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megacm3.config import Config, load_config
+from megacm3.config import Config
 from megacm3.model.loss import LossState
 from megacm3.model.stages import Network, list_stages
 from megacm3.parallel.context import ParallelContext, build_context
+from megacm3.resolve import load_config
 
 BASE = ["train.micro_batch=1", "model.init_std=0.1"]
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megacm3.config import load_config
 from megacm3.parallel.context import ParallelContext, build_context, deepspeed_mpu
 from megacm3.parallel.pipeline import bounds
+from megacm3.resolve import load_config
 
 
 def context_of(rank: int, world: int, tensor: int, pipeline: int) -> tuple[ParallelContext, dict[str, list[int]]]:

@@ -6,12 +6,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megacm3.config import load_config
 from megacm3.model.loss import LossState
 from megacm3.model.stages import Network, list_stages
 from megacm3.parallel import parts
 from megacm3.parallel.context import build_context
 from megacm3.parallel.parts import named_parts
+from megacm3.resolve import load_config
 
 FAMILIES = ["tiny_cm3leon", "tiny_chameleon_7b", "tiny_chameleon_34b", "tiny_modern"]
 

@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
-from megacm3.config import Config, load_config
+from megacm3.config import Config
 from megacm3.errors import ConfigError
 from megacm3.parallel.context import accumulation, check_world
 from megacm3.parallel.deepspeed_json import LEGAL, fill_deepspeed_json, own_clipping, read_deepspeed_json
+from megacm3.resolve import load_config
 
 ROOT = Path(__file__).resolve().parents[3]
 DS_CONFIGS = sorted(path.stem for path in (ROOT / "ds_configs").glob("*.json"))

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import torch
 
-from megacm3.config import Config, load_config
+from megacm3.config import Config
 from megacm3.parallel.engine import StepResult
+from megacm3.resolve import load_config
 from megacm3.training.metrics import Metrics, step_metrics
 
 SUMS = torch.tensor([100.0, 8.0, 4.0, 50.0, 60.0, 20.0, 36.0, 18.0], dtype=torch.float64)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megacm3.config import load_config
+from megacm3.resolve import load_config
 from megacm3.training.schedule import learning_rate
 
 BASE = ["model.preset=tiny_cm3leon", "train.steps=110", "optimizer.lr=1.0"]

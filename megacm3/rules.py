@@ -1,0 +1,99 @@
+"""Rules that a config must keep whatever the world size."""
+
+import difflib
+from typing import Any
+
+from megacm3.config import CHOICES, Config
+from megacm3.errors import ConfigError
+
+
+def _get(config: Config, key: str) -> Any:
+    value: Any = config
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def check(config: Config) -> None:
+    """Rules that need no world size. Raises ConfigError with the value, the rule and the nearest legal value."""
+    for key, choices in CHOICES.items():
+        if _get(config, key) not in choices:
+            near = difflib.get_close_matches(str(_get(config, key)), choices, n=1)
+            hint = f"; did you mean '{near[0]}'?" if near else ""
+            raise ConfigError(f"{key} = '{_get(config, key)}'; expected one of {', '.join(choices)}{hint}")
+    _check_model(config)
+    _check_rest(config)
+
+
+def _nearest(value: int, multiple: int) -> str:
+    below, above = value // multiple * multiple, -(-value // multiple) * multiple
+    return f"{below} or {above}" if below else str(above)
+
+
+def _divides(key: str, value: int, by_key: str, by: int) -> None:
+    if value % by:
+        raise ConfigError(f"{key} = {value} is not divisible by {by_key} = {by}; nearest: {_nearest(value, by)}")
+
+
+def _check_model(config: Config) -> None:
+    model, parallel = config.model, config.parallel
+    for name in ("layers", "hidden_size", "heads", "kv_heads", "ffn_size", "vocab_size", "sequence_length"):
+        if getattr(model, name) < 1:
+            raise ConfigError(f"model.{name} = {getattr(model, name)}; expected at least 1")
+    for name in ("tensor", "pipeline"):
+        if getattr(parallel, name) < 1:
+            raise ConfigError(f"parallel.{name} = {getattr(parallel, name)}; expected at least 1")
+    _divides("model.hidden_size", model.hidden_size, "model.heads", model.heads)
+    _divides("model.heads", model.heads, "model.kv_heads", model.kv_heads)
+    if model.kv_heads < parallel.tensor:
+        raise ConfigError(
+            f"parallel.tensor = {parallel.tensor} is more than model.kv_heads = {model.kv_heads}; "
+            f"each tensor rank needs whole key/value heads: at most parallel.tensor = {model.kv_heads}"
+        )
+    _divides("model.heads", model.heads, "parallel.tensor", parallel.tensor)
+    _divides("model.kv_heads", model.kv_heads, "parallel.tensor", parallel.tensor)
+    _divides("model.ffn_size", model.ffn_size, "parallel.tensor", parallel.tensor)
+    _divides("model.layers", model.layers, "parallel.pipeline", parallel.pipeline)
+    rows = model.vocab_rows or model.vocab_size
+    if rows < model.vocab_size:
+        raise ConfigError(f"model.vocab_rows = {rows} is less than model.vocab_size = {model.vocab_size}")
+    _divides("model.vocab_rows" if model.vocab_rows else "model.vocab_size", rows, "parallel.tensor", parallel.tensor)
+    if rows - model.vocab_size >= rows // parallel.tensor:
+        nearest = -(-model.vocab_size // parallel.tensor) * parallel.tensor
+        raise ConfigError(
+            f"model.vocab_rows = {rows} leaves the last of parallel.tensor = {parallel.tensor} ranks without any of "
+            f"model.vocab_size = {model.vocab_size} ids; nearest: {nearest}"
+        )
+    if parallel.sequence and parallel.tensor == 1:
+        raise ConfigError("parallel.sequence = true needs parallel.tensor > 1; found parallel.tensor = 1")
+    if parallel.sequence:
+        _divides("model.sequence_length", model.sequence_length, "parallel.tensor", parallel.tensor)
+    if model.qk_norm != "none":
+        _divides("model.heads", model.heads, "model.qk_norm_groups", model.qk_norm_groups)
+        groups = min(model.qk_norm_groups, model.kv_heads)
+        _divides("model.kv_heads", model.kv_heads, "model.qk_norm_groups", groups)
+    if model.positions == "rope" and model.hidden_size // model.heads % 2:
+        raise ConfigError(f"model.positions = rope needs an even head size; found {model.hidden_size // model.heads}")
+
+
+def _check_rest(config: Config) -> None:
+    train, data = config.train, config.data
+    if (train.steps > 0) == (train.tokens > 0):
+        raise ConfigError(f"give either train.steps or train.tokens; found {train.steps} and {train.tokens}")
+    for key in ("train.micro_batch", "train.global_batch", "log.every", "objective.sentinels"):
+        if _get(config, key) < 1:
+            raise ConfigError(f"{key} = {_get(config, key)}; expected at least 1")
+    shares = config.retrieval.documents
+    if len(shares) != 4 or min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
+        raise ConfigError(
+            f"retrieval.documents = {shares}; expected four probabilities (of 0, 1, 2, 3 documents) that add up to 1"
+        )
+    for key in ("data.rotation", "objective.whole_segment", "model.dropout", "optimizer.schedule.final"):
+        if not 0 <= _get(config, key) <= 1:
+            raise ConfigError(f"{key} = {_get(config, key)}; expected a share from 0 to 1")
+    if config.model.dropout == 1:
+        raise ConfigError("model.dropout = 1 drops everything; expected less than 1")
+    if data.position_reset and not data.document_mask:
+        raise ConfigError("data.position_reset = true needs data.document_mask = true")
+    if len(config.optimizer.betas) != 2:
+        raise ConfigError(f"optimizer.betas = {config.optimizer.betas}; expected two numbers")
