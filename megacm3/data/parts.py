@@ -53,19 +53,19 @@ class PartWriter:
         self._tokens = self._longest = self._longest_row = 0
 
     def add(self, segments: Iterable[tuple[int, np.ndarray]], meta: dict[str, Any]) -> None:
-        """Append one document; `meta` has values for some of `META_FIELDS`.
+        """Append one document of (mode, tokens); `meta` has values for some of `META_FIELDS`.
 
         Raises DataError for a segment out of shape: a cast to uint16 would wrap too large an id without a word.
         """
-        checked = [(kind, np.asarray(tokens)) for kind, tokens in segments]
-        for kind, tokens in checked:
-            self._shape.check(kind, tokens)
+        checked = [(mode, np.asarray(tokens)) for mode, tokens in segments]
+        for mode, tokens in checked:
+            self._shape.check(mode, tokens)
         if self._data is None:
             self._data = open(self._folder / "tokens.bin", "wb")
         lengths = [len(tokens) for _, tokens in checked]
         self._data.write(np.concatenate([t for _, t in checked]).astype(self._shape.dtype).tobytes())
         self._lengths += lengths
-        self._modes += [kind for kind, _ in checked]
+        self._modes += [mode for mode, _ in checked]
         self._bounds.append(len(self._lengths))
         if sum(lengths) + 2 * len(lengths) > self._longest:
             self._longest, self._longest_row = sum(lengths) + 2 * len(lengths), len(self._meta)
@@ -179,7 +179,7 @@ def write_store(
     *,
     documents_per_part: int = 1_000_000,
 ) -> Store:
-    """A store from (segments, metadata) pairs in memory; for tests, conversions and small sets."""
+    """A store from (segments as (mode, tokens), metadata) pairs in memory; for tests, conversions and small sets."""
     import tempfile
 
     folder = Path(folder)

@@ -6,9 +6,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from megacm3.command import seed_from
-from megacm3.data.documents import IMAGE
+from megacm3.data.documents import ANSWER, IMAGE, TEXT
 from megacm3.data.stream import Stream
 from megacm3.data.windows import StoreLike, add_counts
+
+
+_NAMES = {TEXT: "text", IMAGE: "image", TEXT | ANSWER: "text(answer)", IMAGE | ANSWER: "image(answer)"}
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ def store_statistics(store: StoreLike, sample: int = 10_000, seed: int = 0) -> S
     texts, lengths, image = [], [], 0
     for doc_id in chosen.tolist():
         shape = store.segment_lengths(doc_id)
-        patterns[" ".join("image" if mode & 1 == IMAGE else "text" for mode, _ in shape)] += 1
+        patterns[" ".join(_NAMES[mode] for mode, _ in shape)] += 1
         texts += [length for mode, length in shape if mode & 1 != IMAGE]
         image += sum(length for mode, length in shape if mode & 1 == IMAGE)
         lengths.append(sum(length for _, length in shape))

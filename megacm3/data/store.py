@@ -1,7 +1,8 @@
 """The token store: what pretokenization leaves and training reads.
 
     STORE/tokens/part-00000.{bin,idx}   megatron-core's IndexedDataset, multimodal: one document a sample, one sequence
-                                        a segment, mode 0 text (text ids) or 1 image (raw codes); no control tokens
+                                        a segment, mode 0 text (text ids) or 1 image (raw codes), + 2 where it is
+                                        part of an answer (fine-tuning); no control tokens
     STORE/meta/part-00000.parquet       one row a document: key, shard, row, caption, hashes, size
     STORE/rejects/part-00000.parquet    what was left out, with the reason
     STORE/dup_cluster.npy               int64 [documents]: the first document with the same picture (or text)
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from megacm3.data.documents import IMAGE, TEXT, Document, Segment
+from megacm3.data.documents import ANSWER, IMAGE, TEXT, Document, Segment
 from megacm3.errors import DataError
 from megacm3.files import read_manifest
 
@@ -53,11 +54,12 @@ class StoreShape:
         """uint16 when every id fits (megatron's own rule would take int32 from 65,500 on), else int32."""
         return np.dtype(np.uint16 if max(self.text_size, self.codebook_size) <= 65536 else np.int32)
 
-    def check(self, kind: int, tokens: np.ndarray) -> None:
+    def check(self, mode: int, tokens: np.ndarray) -> None:
         """Raises DataError for a segment that is empty, has an id out of range, or is a picture of another size."""
+        if mode not in (TEXT, IMAGE, TEXT | ANSWER, IMAGE | ANSWER):
+            raise DataError(f"a segment has mode {mode}; expected 0 (text) or 1 (image), + 2 in an answer")
+        kind = mode & 1
         name, size = ("image", self.codebook_size) if kind == IMAGE else ("text", self.text_size)
-        if kind not in (TEXT, IMAGE):
-            raise DataError(f"a segment has mode {kind}; expected 0 (text) or 1 (image)")
         if len(tokens) == 0:
             raise DataError(f"a segment of {name} is empty")
         low, high = int(tokens.min()), int(tokens.max())
@@ -198,10 +200,11 @@ class Store:
     def document(self, doc_id: int) -> Document:
         """Document `doc_id` with its tokens. Raises DataError for a number outside the store."""
         part, row = self._locate(doc_id)
-        return Document(doc_id, tuple(Segment(kind, tokens) for kind, tokens in part.segments(row)))
+        segments = part.segments(row)
+        return Document(doc_id, tuple(Segment(mode & 1, tokens, bool(mode & ANSWER)) for mode, tokens in segments))
 
     def segment_lengths(self, doc_id: int) -> list[tuple[int, int]]:
-        """(kind, length) of each segment of document `doc_id`; reads the index only."""
+        """(mode, length) of each segment of document `doc_id` (documents.Shape); reads the index only."""
         part, row = self._locate(doc_id)
         return part.segment_lengths(row)
 
@@ -283,12 +286,12 @@ def verify_store(folder: str | Path) -> StoreReport:
             segments = part.segments(row)
             if not segments:
                 raise DataError(f"{store.folder}/tokens/{name}: document {row} is empty")
-            for kind, values in segments:
+            for mode, values in segments:
                 try:
-                    store.shape.check(kind, values)
+                    store.shape.check(mode, values)
                 except DataError as fault:
                     raise DataError(f"{store.folder}/tokens/{name}: document {row}: {fault}") from fault
-                counts[kind] += 1
+                counts[mode & 1] += 1
                 tokens += len(values)
     if tokens != store.settings["tokens"] or len(store._dup_cluster) != len(store):
         raise DataError(f"{store.folder} holds {tokens} tokens; its manifest says {store.settings['tokens']}")

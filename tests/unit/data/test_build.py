@@ -8,7 +8,7 @@ import pytest
 
 from megacm3.config import Config
 from megacm3.data.build import build_stream
-from megacm3.data.documents import IMAGE, TEXT
+from megacm3.data.documents import ANSWER, IMAGE, TEXT
 from megacm3.data.parts import PartWriter, assemble, write_store
 from megacm3.data.store import Store, StoreShape
 from megacm3.errors import ConfigError, DataError
@@ -149,6 +149,32 @@ def test_answers_need_answers(folder: Path) -> None:
         build_stream(config(folder / "store", "objective.loss_on=answers"))
     with pytest.raises(ConfigError, match=r"objective\.spans = -1"):
         build_stream(config(folder / "store", "objective.spans=-1"))
+
+
+def test_loss_falls_on_the_answers_of_a_store_alone(folder: Path) -> None:
+    # Questions are ids below 100, answers from 200 on; half of the answers are pictures.
+    rng = np.random.default_rng(0)
+    made: list[Segments] = []
+    for i in range(40):
+        codes = rng.integers(0, 64, 16)
+        texts = rng.integers(0, 100, 3), rng.integers(200, 300, 2)
+        asked = [(IMAGE, codes), (TEXT, texts[0]), (TEXT | ANSWER, texts[1])]
+        made.append(asked if i % 2 else [(TEXT, texts[0]), (IMAGE | ANSWER, codes)])
+    make_store(folder / "answers", made)
+    overrides = ("objective.loss_on=answers", "objective.kind=causal")
+    stream = build_stream(config(folder / "answers", *overrides))
+    vocabulary = stream.vocabulary
+    for number in range(5):
+        packed = stream.sequence(number)
+        targets, borne = packed.tokens[1:], packed.tokens[1:][packed.loss_mask]
+        text = vocabulary.kind[targets] == 0
+        assert (packed.loss_mask[text] == (targets[text] >= 200)).all()
+        samples = [drawn.documents[-1] for drawn in stream.drawn(number)]
+        assert vocabulary.is_image(borne).sum() == 16 * sum(i % 2 == 0 for i in samples)
+        # Every answer is learned with the token that ends it.
+        assert (borne == vocabulary.eos).sum() == len(samples)
+    everything = build_stream(config(folder / "answers", "objective.kind=causal")).sequence(0)
+    assert everything.loss_mask.sum() == (everything.tokens[1:] != vocabulary.pad).sum()
 
 
 def test_weights_stages_and_passes(folder: Path) -> None:

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from megacm3.data.documents import IMAGE, TEXT
+from megacm3.data.documents import ANSWER, IMAGE, TEXT
 from megacm3.data.parts import META_FIELDS, write_store
 from megacm3.data.store import Part, Store, StoreShape, verify_store
 from megacm3.errors import DataError
@@ -154,7 +154,7 @@ def test_type_follows_the_size(tmp_path, text_size, dtype):
         ((IMAGE, np.full(9, 512)), r"outside 0\.\.511"),
         ((IMAGE, np.zeros(8, int)), "8 codes; expected exactly 9"),
         ((TEXT, np.array([], int)), "is empty"),
-        ((2, np.array([1])), "mode 2"),
+        ((4, np.array([1])), "mode 4"),
     ],
 )
 def test_nothing_out_of_range_is_written(tmp_path, segment, message):
@@ -253,3 +253,19 @@ def test_many_parts_stay_within_bounds(tmp_path, monkeypatch):
     for doc_id in (0, 5, 11, 3, 0):
         store.document(doc_id)
     assert len(store._parts) <= 2
+
+
+def test_answers_are_kept_with_their_segments(tmp_path):
+    question, answer, codes = np.array([1, 2]), np.array([3]), np.arange(9)
+    both = [(TEXT, question), (TEXT | ANSWER, answer), (IMAGE, codes)], {"key": "text"}
+    drawn = [(TEXT, question), (IMAGE | ANSWER, codes)], {"key": "picture"}
+    store = write_store(tmp_path / "store", [both, drawn], SHAPE)
+    found = [[(s.kind, s.tokens.tolist(), s.answer) for s in store.document(i).segments] for i in range(2)]
+    assert found[0] == [(TEXT, [1, 2], False), (TEXT, [3], True), (IMAGE, codes.tolist(), False)]
+    assert found[1] == [(TEXT, [1, 2], False), (IMAGE, codes.tolist(), True)]
+    assert store.segment_lengths(0) == list(store.document(0).shape) == [(0, 2), (ANSWER, 1), (1, 9)]
+    report = verify_store(tmp_path / "store")
+    assert (report.text_segments, report.image_segments) == (3, 2)
+    short = [(IMAGE | ANSWER, codes[:8])], {"key": "short"}
+    with pytest.raises(DataError, match="exactly 9"):
+        write_store(tmp_path / "short", [short], SHAPE)
