@@ -10,7 +10,6 @@ from megacm3.data.documents import ANSWER, IMAGE, TEXT
 from megacm3.data.stream import Stream
 from megacm3.data.windows import StoreLike, add_counts
 
-
 _NAMES = {TEXT: "text", IMAGE: "image", TEXT | ANSWER: "text(answer)", IMAGE | ANSWER: "image(answer)"}
 
 
