@@ -1,6 +1,7 @@
 """The trainer: `deepspeed --num_gpus N --module megacm3.train CONFIG.yaml [key=value ...]` (torchrun works too)."""
 
 import argparse
+import importlib.util
 import io
 import logging
 import os
@@ -47,6 +48,10 @@ def check_launch(config: Config, world: int) -> None:
 
     if not config.train.out:
         raise ConfigError("train.out is empty; give the run's folder, for example train.out=runs/first")
+    if config.log.wandb and importlib.util.find_spec("wandb") is None:
+        raise ConfigError(
+            f"log.wandb = '{config.log.wandb}', but wandb is not installed; pip install wandb, or set log.wandb=''"
+        )
     fill_deepspeed_json(config, check_world(config, world))
 
 

@@ -67,19 +67,60 @@ def loss_chart(metrics: Sequence[dict[str, Any]]) -> str:
     return _svg(figure)
 
 
-def small_charts(metrics: Sequence[dict[str, Any]]) -> list[str]:
-    """SVGs of gradient norm, learning rate and throughput."""
-    charts = []
-    for name, label in (("grad_norm", "gradient norm"), ("lr", "learning rate"), ("tokens_per_second", "tokens / s")):
-        steps, values = series(metrics, name)
-        if not steps:
+PANELS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    ("gradient norm", "log", ("grad_norm",)),
+    ("output norm", "log", ("output_norm",)),
+    ("mean of log Z", "linear", ("z",)),
+    ("q and k norm gains", "linear", ("q_gain", "k_gain", "q_gain_max", "k_gain_max")),
+    ("learning rate", "linear", ("lr",)),
+    ("tokens / s", "linear", ("tokens_per_second",)),
+    ("share of the device's peak", "linear", ("flops_utilization",)),
+    ("share of time waiting for data", "linear", ("data_wait",)),
+    ("memory (bytes)", "linear", ("memory",)),
+)
+"""Title, scale of the y axis, and the columns of metrics.jsonl of each small chart; empty ones are left out."""
+POINTS = 1000
+"""Of a curve at most: more cannot be seen."""
+
+
+def panels(metrics: Sequence[dict[str, Any]]) -> list[str]:
+    """SVGs of a run's metrics: losses by modality and by position, then `PANELS`."""
+    metrics = metrics[:: -(-len(metrics) // POINTS)]
+    charts = [loss_chart(metrics), *_position_chart(metrics)]
+    for title, scale, names in PANELS:
+        curves = [(name, *series(metrics, name)) for name in names]
+        curves = [curve for curve in curves if curve[1]]
+        if not curves:
             continue
         figure, axes = _figure(2.8, 2.0)
-        axes.plot(steps, values, color="#444c56", linewidth=1.2)
-        axes.set_title(label, fontsize=9, loc="left")
-        axes.set_ylim(bottom=0)
+        for name, steps, values in curves:
+            axes.plot(steps, values, linewidth=1.2, label=name, **({"color": "#444c56"} if len(curves) == 1 else {}))
+        axes.set_title(title, fontsize=9, loc="left")
+        if scale == "log" and min(min(values) for _, _, values in curves) > 0:
+            axes.set_yscale("log")
+        else:
+            axes.set_ylim(bottom=0 if min(min(values) for _, _, values in curves) >= 0 else None)
+        if len(curves) > 1:
+            axes.legend(frameon=False, fontsize=7)
         charts.append(_svg(figure))
     return charts
+
+
+def _position_chart(metrics: Sequence[dict[str, Any]]) -> list[str]:
+    """Loss by place in the sequence: at the first, a middle and the last line."""
+    lines = [line for line in metrics if line.get("loss_position")]
+    if not lines:
+        return []
+    figure, axes = _figure(4.2, 3.6)
+    for line in {line["step"]: line for line in (lines[0], lines[len(lines) // 2], lines[-1])}.values():
+        points = [(i + 0.5, value) for i, value in enumerate(line["loss_position"]) if value is not None]
+        parts = len(line["loss_position"])
+        axes.plot([100 * x / parts for x, _ in points], [y for _, y in points], label=f"step {line['step']}")
+    axes.set_xlabel("place in the sequence (%)")
+    axes.set_ylabel("loss (nats per token)")
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False)
+    return [_svg(figure)]
 
 
 def _figure(width: float, height: float) -> tuple[Any, Any]:

@@ -112,7 +112,7 @@ def _curves(metrics: Sequence[dict], held_out: Path) -> Section:
         found = read_json(held_out)
         losses = [f"{found[name]['loss']:.2f} per {name} token" for name in ("image", "text") if name in found]
         text += f" On the {found['documents']} held-out documents, in plain order: {', '.join(losses)}."
-    return Section("Training", text, charts=[charts.loss_chart(metrics), *charts.small_charts(metrics)])
+    return Section("Training", text, charts=charts.panels(metrics))
 
 
 def _held_out_pictures(generator: "Generator", gallery: Gallery, settings: Settings) -> tuple[list[str], np.ndarray]:

@@ -17,6 +17,11 @@ CHUNK = 1024
 IGNORE = -100
 """Target without loss."""
 
+POSITION_BUCKETS = 8
+"""Equal parts of the sequence over which losses are also summed apart."""
+SUMS = 8 + 2 * POSITION_BUCKETS
+"""Numbers that a micro-batch adds to `LossState.sums`."""
+
 
 @dataclass
 class LossState:
@@ -25,7 +30,8 @@ class LossState:
     scale: float = 1.0
     """Factor of the sum of the token losses: data ranks x micro-batches / targets of the global batch."""
     sums: torch.Tensor | None = None
-    """fp64 [8] over the micro-batches: nll, logZ^2, logZ, targets, text nll, text targets, image nll, image targets."""
+    """fp64 [SUMS] over the micro-batches: nll, logZ^2, logZ, targets, text nll, text targets, image nll, image targets;
+    then nll and targets of each bucket of positions."""
     output_norm: list[torch.Tensor] = field(default_factory=list)
     """Root mean square of the last layer's output, one a micro-batch."""
 

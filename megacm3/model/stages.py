@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from megatron.core.tensor_parallel.layers import VocabParallelEmbedding
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
@@ -21,7 +22,7 @@ from megacm3.config import Config
 from megacm3.model.block import Block, positions_in_document, unpack
 from megacm3.model.init import initialize
 from megacm3.model.layers import Norm, linear_config
-from megacm3.model.loss import IGNORE, LossState, chunked_loss
+from megacm3.model.loss import IGNORE, POSITION_BUCKETS, LossState, chunked_loss
 from megacm3.parallel import parts
 from megacm3.parallel.context import ParallelContext
 from megacm3.tokenizers.vocabulary import IMAGE, TEXT
@@ -162,11 +163,11 @@ class Head(torch.nn.Module):
             world=self.context.tensor,
             rank=self.context.tensor_rank,
         )
-        self._count(targets, nll, log_z)
+        self._count(targets, nll, log_z, x_TBH.shape[:2])
         return loss
 
     @torch.no_grad()
-    def _count(self, targets: torch.Tensor, nll: torch.Tensor, log_z: torch.Tensor) -> None:
+    def _count(self, targets: torch.Tensor, nll: torch.Tensor, log_z: torch.Tensor, shape: torch.Size) -> None:
         real = targets != IGNORE
         kind = self.kinds[targets.clamp(min=0)]
         text, image = real & (kind == TEXT), real & (kind == IMAGE)
@@ -174,6 +175,12 @@ class Head(torch.nn.Module):
         columns = [(nll, real), (log_z.square(), real), (log_z, real), (None, real)]
         columns += [(nll, text), (None, text), (nll, image), (None, image)]
         sums = torch.stack([mask.sum().double() if x is None else (x * mask).sum() for x, mask in columns])
+        # Positions first in memory: a bucket is a row, and the sums are in the same order in every run.
+        length, batch = shape
+        width = -(-length // POSITION_BUCKETS) * batch
+        rows = torch.stack((nll * real, real.double()))
+        rows = F.pad(rows, (0, POSITION_BUCKETS * width - rows.shape[1]))
+        sums = torch.cat((sums, rows.view(2 * POSITION_BUCKETS, width).sum(1)))
         self.state.sums = sums if self.state.sums is None else self.state.sums + sums
 
 

@@ -5,15 +5,16 @@ without its cure): the pipeline hand-off under sequence parallel (deepspeed_json
 (replicated.py), the gradient norm of a tied table at ZeRO-0 and an optimizer step too many in bf16 (optimizer.py).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 
 from megacm3.config import Config
 from megacm3.model.block import pack
-from megacm3.model.loss import IGNORE, LossState
+from megacm3.model.loss import IGNORE, POSITION_BUCKETS, SUMS, LossState
 from megacm3.model.stages import Head, Network, Stage, Words, list_stages
+from megacm3.parallel.clock import ForwardClock
 from megacm3.parallel.context import ParallelContext, deepspeed_mpu
 from megacm3.parallel.deepspeed_json import fill_deepspeed_json, own_clipping, zero_stage
 from megacm3.parallel.optimizer import build_optimizer, start_clipping
@@ -30,6 +31,8 @@ class StepResult:
     """Global L2 norm before clipping."""
     output_norm: float
     """Root mean square of the last block's output."""
+    positions: torch.Tensor = field(default_factory=lambda: torch.zeros(2, POSITION_BUCKETS, dtype=torch.float64))
+    """fp64 [2, buckets]: nll and targets in each equal part of the sequence."""
 
 
 class Engine:
@@ -49,6 +52,7 @@ class Engine:
             config=self.json,
             mpu=None if context.pipeline > 1 else deepspeed_mpu(context),
         )
+        self.clock = ForwardClock(self.module, context)
         if own_clipping(self.json):
             start_clipping(self.optimizer, context, config.optimizer.clip)
 
@@ -85,6 +89,7 @@ class Engine:
     def train_step(self, micro_batches: list[dict[str, torch.Tensor]]) -> StepResult:
         """One optimizer step over this rank's micro-batches (tokens, targets, documents, numbers; see data/loader)."""
         context, state = self.context, self.state
+        self.clock.reset()
         targets = torch.tensor([sum(int((b["targets"] != IGNORE).sum()) for b in micro_batches)], device=context.device)
         dist.all_reduce(targets, group=context.data_group)
         state.scale = context.data * len(micro_batches) / max(1, int(targets))
@@ -111,17 +116,17 @@ class Engine:
         return self._reduced()[:8]
 
     def _reduced(self) -> torch.Tensor:
-        sums = torch.zeros(10, dtype=torch.float64, device=self.context.device)
+        sums = torch.zeros(SUMS + 2, dtype=torch.float64, device=self.context.device)
         if self.state.sums is not None:
-            sums[:8] = self.state.sums
-            sums[8] = torch.stack(self.state.output_norm).double().mean()
-            sums[9] = 1.0
+            sums[:SUMS] = self.state.sums
+            sums[SUMS] = torch.stack(self.state.output_norm).double().mean()
+            sums[SUMS + 1] = 1.0
         context = self.context
         dist.all_reduce(sums, group=context.data_group)
         if context.sequence:
             # Each tensor rank saw its own positions only; the loss sums are equal on all.
             dist.all_reduce(sums, group=context.tensor_group)
-            sums[:8] /= context.tensor
+            sums[:SUMS] /= context.tensor
         if context.pipeline > 1:
             dist.all_reduce(sums, group=context.pipeline_group)
         return sums.cpu()
@@ -130,4 +135,5 @@ class Engine:
         sums = self._reduced()
         own = getattr(self.optimizer, "optimizer", self.optimizer)
         norm = own.grad_norm if own_clipping(self.json) else self.engine.get_global_grad_norm()
-        return StepResult(sums[:8], float(norm or 0.0), float((sums[8] / sums[9]).sqrt()))
+        output = float((sums[SUMS] / sums[SUMS + 1]).sqrt())
+        return StepResult(sums[:8], float(norm or 0.0), output, sums[8:SUMS].view(2, -1))

@@ -1,19 +1,26 @@
-"""What a step left: one line in metrics.jsonl (the source of truth), one on the console, and TensorBoard, wandb."""
+"""What a step left: in metrics.jsonl (the source of truth), on the console, in TensorBoard, wandb, and the report."""
 
+import dataclasses
 import json
 import logging
 import time
+import uuid
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from megacm3.config import Config, total_steps
+from megacm3.errors import Megacm3Error
 from megacm3.files import new_file
 from megacm3.parallel.engine import StepResult
+from megacm3.training.flops import flops_per_token, peak_flops
+from megacm3.training.ranks import Ranks
+from megacm3.training.report import ReportWriter
 
 log = logging.getLogger(__name__)
 
 
-def step_metrics(result: StepResult) -> dict[str, float | None]:
+def step_metrics(result: StepResult) -> dict[str, Any]:
     """Means over the targets of the global batch, in nats; None where a step had no target of that kind."""
     nll, square, log_z, count, text, texts, image, images = result.sums.tolist()
 
@@ -24,6 +31,7 @@ def step_metrics(result: StepResult) -> dict[str, float | None]:
         "loss": mean(nll, count),
         "loss_text": mean(text, texts),
         "loss_image": mean(image, images),
+        "loss_position": [mean(*bucket) for bucket in result.positions.T.tolist()],
         "z": mean(log_z, count),
         "z_square": mean(square, count),
         "grad_norm": result.grad_norm,
@@ -32,65 +40,136 @@ def step_metrics(result: StepResult) -> dict[str, float | None]:
 
 
 class Metrics:
-    """Writes what rank 0 logs. On resume, lines after the resumed step are dropped: they will be written again."""
+    """Writes what rank 0 logs. On resume, lines after the resumed step are dropped: they will be written again.
 
-    def __init__(self, config: Config, out: Path, first_step: int, active: bool) -> None:
-        self.config, self.active, self.steps = config, active, total_steps(config)
+    A context: leaving it, also by an error, flushes everything and writes the report a last time.
+    """
+
+    def __init__(
+        self, config: Config, out: Path, first_step: int, active: bool, ranks: Ranks | None = None, layout: str = ""
+    ) -> None:
+        """active: whether this rank writes. ranks: figures of all ranks; without, `add` is not collective."""
+        self.config, self.active, self.steps, self._ranks = config, active, total_steps(config), ranks
         self.path, self._board, self._wandb = out / "metrics.jsonl", None, None
-        self._started, self._tokens, self._wait = time.monotonic(), 0, 0.0
+        self._started, self._first, self._wait, self._last_wait = time.monotonic(), first_step, 0.0, 0.0
+        self._saved: dict[str, float] = {}
+        self._peak = peak_flops(ranks.device_name, config.train.dtype) if ranks else None
+        self._flops, self._world = flops_per_token(config.model), ranks.world if ranks else 1
         if not active:
             return
         _keep_until(self.path, first_step)
+        self._report = ReportWriter(out, {"layout": layout})
         if config.log.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             self._board = SummaryWriter(str(out / "tensorboard"), purge_step=first_step + 1)
         if config.log.wandb:
-            import wandb
+            self._wandb = _start_wandb(config, out)
 
-            self._wandb = wandb.init(project=config.log.wandb, dir=str(out), resume="allow", id=out.name)
+    def __enter__(self) -> "Metrics":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        ending = "finished" if error is None else str(error) if isinstance(error, Megacm3Error) else repr(error)
+        self.close(ending)
 
     def waited(self, seconds: float) -> None:
-        """Count time spent waiting for data."""
+        """Count time spent waiting for a step's batch."""
         self._wait += seconds
+        self._last_wait = seconds
+
+    def saved(self, step: int, stall: float, total: float) -> None:
+        """Log a save of `step`: seconds that training stood still for it, and seconds until it was committed.
+
+        The next logged line carries both.
+        """
+        if not self.active:
+            return
+        self._saved = {"save_stall": stall, "save_total": total}
+        log.info("saved step %d: training stood still for %.2f s, committed after %.2f s", step, stall, total)
+        self._send(self._saved, step)
+
+    def due(self, step: int) -> bool:
+        """Whether step `step` (1 = the first) is logged."""
+        return step % self.config.log.every == 0 or step in (1, self.steps)
 
     def add(self, step: int, result: StepResult, lr: float, samples: str, counts: dict[str, int], tokens: int) -> None:
-        """Log step `step` (1 = the first) if it is due. tokens: of all steps so far, padding included."""
-        self._tokens += self.config.train.global_batch * self.config.model.sequence_length
-        if not self.active or (step % self.config.log.every and step not in (1, self.steps)):
+        """Log step `step` (1 = the first) if it is due. tokens: of all steps so far, padding included.
+
+        Collective at the steps that are due.
+        """
+        if not self.due(step):
             return
-        seconds = time.monotonic() - self._started
-        line: dict[str, Any] = {"step": step} | step_metrics(result)
-        line |= {
-            "lr": lr,
-            "tokens": tokens,
-            "tokens_per_second": self._tokens / seconds,
-            "data_wait": self._wait / seconds,
-            "samples": samples,
-        }
-        line |= {f"data_{name}": value for name, value in counts.items()}
+        figures = self._ranks.gather(self._last_wait) if self._ranks else None
+        if not self.active:
+            return
+        line = {"step": step} | step_metrics(result) | {"lr": lr, "tokens": tokens} | self._speed(step)
+        line |= {"samples": samples} | {f"data_{name}": value for name, value in counts.items()}
+        if self._ranks and figures:
+            line |= figures.gains | {"memory": figures.memory, "forward_seconds": max(figures.forward)}
+            slow = self._ranks.slow(figures)
+            if slow:
+                line["slow"] = slow
+                log.warning("step %d: %s", step, slow)
+        line |= self._saved
+        self._saved = {}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+        self._send(line, step)
+        log.info("%s", self.console(line))
+        self._report.maybe()
+        self._started, self._first, self._wait = time.monotonic(), step, 0.0
+
+    def _speed(self, step: int) -> dict[str, float | None]:
+        """Over the steps since the last line, saves included."""
+        seconds, steps = max(time.monotonic() - self._started, 1e-9), step - self._first
+        tokens = steps * self.config.train.global_batch * self.config.model.sequence_length / seconds
+        flops = tokens * self._flops / self._world
+        return {
+            "tokens_per_second": tokens,
+            "step_seconds": seconds / max(1, steps),
+            "flops_per_device": flops,
+            "flops_utilization": flops / self._peak if self._peak else None,
+            "data_wait": self._wait / seconds,
+        }
+
+    def console(self, line: dict[str, Any]) -> str:
+        """A line of metrics.jsonl for people."""
+        left = (self.steps - line["step"]) * line["step_seconds"]
+        losses = "  ".join(f"{name} {_short(line[key])}" for name, key in _LOSSES)
+        used = line["flops_utilization"]
+        parts = [
+            f"step {line['step']}/{self.steps} ({line['step'] / self.steps:.1%})  {losses}",
+            f"z {_short(line['z'])}  grad {line['grad_norm']:.3f}  lr {line['lr']:.2e}",
+            f"{line['tokens_per_second']:.0f} tokens/s" + (f" ({used:.1%} of peak)" if used else ""),
+        ]
+        if "memory" in line:
+            parts.append(f"{line['memory'] / 2**30:.1f} GiB")
+        return "  ".join([*parts, f"data wait {line['data_wait']:.1%}", f"{_clock(left)} left"])
+
+    def _send(self, line: dict[str, Any], step: int) -> None:
+        """Numbers to TensorBoard and wandb; a list as one series an entry."""
         numbers = {name: value for name, value in line.items() if isinstance(value, int | float)}
+        for name, values in ((name, values) for name, values in line.items() if isinstance(values, list)):
+            numbers |= {f"{name}/{i}": value for i, value in enumerate(values) if value is not None}
         if self._board is not None:
             for name, value in numbers.items():
                 self._board.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(numbers, step=step)
-        left = (self.steps - step) * self.config.train.global_batch * self.config.model.sequence_length
-        log.info(
-            "step %d/%d  loss %s  text %s  image %s  grad %.3f  lr %.2e  %.0f tokens/s  %s left",
-            *(step, self.steps, *(_short(line[name]) for name in ("loss", "loss_text", "loss_image"))),
-            *(line["grad_norm"], lr, line["tokens_per_second"], _clock(left / line["tokens_per_second"])),
-        )
-        self._started, self._tokens, self._wait = time.monotonic(), 0, 0.0
 
-    def close(self) -> None:
-        """Flush the sinks."""
+    def close(self, ending: str = "finished") -> None:
+        """Flush the sinks and write the report. ending: how the run ended, for the report."""
+        if not self.active:
+            return
+        self._report.write(ending)
         if self._board is not None:
             self._board.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+_LOSSES = (("loss", "loss"), ("text", "loss_text"), ("image", "loss_image"))
 
 
 def _short(value: float | None) -> str:
@@ -100,6 +179,19 @@ def _short(value: float | None) -> str:
 def _clock(seconds: float) -> str:
     minutes, rest = divmod(int(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+
+
+def _start_wandb(config: Config, out: Path) -> Any:
+    """A wandb run that a resumed training goes on with."""
+    import wandb
+
+    known = out / "wandb_id"
+    if not known.exists():
+        with new_file(known) as path:
+            path.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
+    return wandb.init(
+        project=config.log.wandb, dir=str(out), id=known.read_text(), resume="allow", config=dataclasses.asdict(config)
+    )
 
 
 def _keep_until(path: Path, step: int) -> None:

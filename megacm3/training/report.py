@@ -1,59 +1,48 @@
-"""report.html of a run: losses by modality, gradient and output norms, throughput, data shares, as one file."""
+"""report.html of a run, rewritten while it runs: curves, data shares and the config as one file without network."""
 
-import base64
 import html
-import io
-import json
+import logging
+import time
 from pathlib import Path
 from typing import Any
 
+from megacm3.errors import DataError
+from megacm3.evaluation.charts import panels, read_lines
+from megacm3.evaluation.page import Section, render
 from megacm3.files import new_file
 
-PANELS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
-    ("Loss (nats per target)", "linear", ("loss", "loss_text", "loss_image")),
-    ("Norms", "log", ("grad_norm", "output_norm")),
-    ("log Z", "linear", ("z",)),
-    ("Learning rate", "linear", ("lr",)),
-    ("Tokens per second", "linear", ("tokens_per_second",)),
-    ("Share of time waiting for data", "linear", ("data_wait",)),
-)
-"""Title, scale of the y axis, and the columns of metrics.jsonl in each panel."""
+log = logging.getLogger(__name__)
+
+SHARE = 0.005
+"""Of the training's time that the report may take: the next one waits until then."""
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a metrics.jsonl, oldest first."""
-    rows = []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+class ReportWriter:
+    """Writes a run's report, seldom enough to cost nothing. The file is whole at any moment."""
+
+    def __init__(self, out: Path, notes: dict[str, str]) -> None:
+        """notes: further rows of the table, such as the layout."""
+        self._out, self._notes, self._next = out, notes, 0.0
+
+    def maybe(self) -> None:
+        """Write it unless the last one was too short ago."""
+        if time.monotonic() >= self._next:
+            self.write("running")
+
+    def write(self, state: str) -> None:
+        """Write it now. state: how the run is, for the reader."""
+        begun = time.monotonic()
         try:
-            rows.append(json.loads(text))
-        except json.JSONDecodeError:
-            continue  # a line being written
-    return rows
-
-
-def curves(rows: list[dict[str, Any]]) -> bytes:
-    """All panels as one SVG."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 8), layout="constrained")
-    for axis, (title, scale, columns) in zip(figure.subplots(3, 2).flat, PANELS, strict=True):
-        for name in columns:
-            points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
-            if points:
-                axis.plot(*zip(*points, strict=True), label=name, linewidth=1.2)
-        axis.set_title(title, fontsize=10)
-        axis.set_yscale(scale)
-        axis.grid(alpha=0.3)
-        axis.tick_params(labelsize=8)
-        if len(columns) > 1 and axis.lines:
-            axis.legend(fontsize=8)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return buffer.getvalue()
+            write_report(self._out, self._notes | {"state": f"{state} ({time.strftime('%Y-%m-%d %H:%M:%S %Z')})"})
+        except OSError as fault:  # a full disk must not end a training
+            log.warning("report.html could not be written: %s", fault.strerror)
+        now = time.monotonic()
+        self._next = now + (now - begun) / SHARE
 
 
 def _data_shares(rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
-    totals = {key: sum(row.get(key, 0) for row in rows) for key in rows[-1] if key.startswith("data_")}
+    rows = [row for row in rows if "data_tokens" in row]
+    totals = {key: sum(row.get(key, 0) for row in rows) for row in rows[-1:] for key in row if key.startswith("data_")}
     room = totals.get("data_tokens", 0) + totals.get("data_padding", 0)
     if not room:
         return []
@@ -64,30 +53,37 @@ def _data_shares(rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
     ]
 
 
+def _saves(rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    saves = [row for row in rows if "save_stall" in row]
+    if not saves:
+        return []
+    stall, total = (sum(row[key] for row in saves) / len(saves) for key in ("save_stall", "save_total"))
+    return [("saves", f"{len(saves)}: training stood still for {stall:.2f} s each, committed after {total:.2f} s")]
+
+
 def write_report(out: Path, notes: dict[str, str] | None = None) -> Path:
     """Write `out`/report.html from `out`/metrics.jsonl and `out`/config.yaml; returns its path.
 
     notes: further rows of the table, such as the layout.
     """
-    rows = read_metrics(out / "metrics.jsonl")
-    table = list((notes or {}).items())
-    picture = ""
+    try:
+        rows = read_lines(out / "metrics.jsonl")
+    except DataError:
+        rows = []  # nothing was logged yet
+    table = [[name, value] for name, value in (notes or {}).items()]
+    cards = []
     if rows:
         last = rows[-1]
-        names = ("step", "loss", "loss_text", "loss_image", "grad_norm", "tokens", "tokens_per_second")
-        table += [(name, f"{last[name]:,.6g}") for name in names if last.get(name) is not None]
-        table += _data_shares([row for row in rows if "data_tokens" in row] or rows)
-        encoded = base64.b64encode(curves(rows)).decode()
-        picture = f'<img alt="curves" style="max-width:100%" src="data:image/svg+xml;base64,{encoded}">'
+        names = ("loss", "loss_text", "loss_image", "grad_norm", "tokens_per_second", "flops_utilization")
+        cards = [(f"{last['step']:,}", "step"), (f"{last['tokens']:,.4g}", "tokens")]
+        cards += [(f"{last[name]:,.4g}", name.replace("_", " ")) for name in names if last.get(name) is not None]
+        table += [list(row) for row in (*_data_shares(rows), *_saves(rows))]
+        table += [["slow rank", f"step {row['step']}: {row['slow']}"] for row in rows if "slow" in row][-5:]
+    sections = [Section("State", table=(["", ""], table))]
+    if rows:
+        sections.append(Section("Curves", "Means over the targets of a logged step, in nats.", charts=panels(rows)))
     config = (out / "config.yaml").read_text(encoding="utf-8") if (out / "config.yaml").exists() else ""
-    body = "".join(f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>" for name, value in table)
-    page = (
-        "<!doctype html><meta charset='utf-8'><title>megacm3 run</title>"
-        "<style>body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em}"
-        "th{text-align:left;padding-right:2em;font-weight:600}pre{background:#f5f5f5;padding:1em;overflow:auto}</style>"
-        f"<h1>{html.escape(out.name)}</h1><table>{body}</table>{picture}"
-        f"<h2>Config</h2><pre>{html.escape(config)}</pre>"
-    )
+    sections.append(Section("Config", fragments=[f"<pre>{html.escape(config)}</pre>"]))
     with new_file(out / "report.html") as temporary:
-        temporary.write_text(page, encoding="utf-8")
+        temporary.write_text(render(str(out), "A training run of megacm3.", cards, sections), encoding="utf-8")
     return out / "report.html"

@@ -22,7 +22,6 @@ from megacm3.parallel.context import ParallelContext
 from megacm3.parallel.engine import Engine
 from megacm3.parallel.replicated import check_replicas
 from megacm3.resolve import save_config
-from megacm3.training.report import write_report
 
 log = logging.getLogger(__name__)
 LIBRARIES = ("torch", "megatron-core", "deepspeed", "numpy", "safetensors", "sentencepiece", "diffusers")
@@ -116,7 +115,6 @@ class Run:
         path = save(self.engine, self.context, folder, self.step, state, self.config.checkpoint.keep)
         if self.is_main:
             log.info("saved %s in %.1f s", path, time.monotonic() - begun)
-            write_report(self.out, {"layout": str(self.context)})
 
     def resume(self) -> None:
         """Continue from the newest valid checkpoint, as checkpoint.resume says. Collective.

@@ -16,7 +16,7 @@ def test_the_page_holds_its_curves_and_the_last_figures(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 9, "lo')
     (tmp_path / "config.yaml").write_text("model: <b>\n")
     page = write_report(tmp_path, {"layout": "2 ranks"}).read_text()
-    assert "data:image/svg+xml;base64," in page
+    assert "<svg" in page
     assert "10.0% of the room" in page and "3.00" in page and "2 ranks" in page
     assert "&lt;b&gt;" in page and not re.search(r"(src|href)=['\"]http", page)
 
