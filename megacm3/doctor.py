@@ -31,6 +31,8 @@ SHARED_MEMORY_BYTES = 1 << 30
 """Below this, loader processes and NCCL run out of /dev/shm (the default of docker is 64 MiB)."""
 OPEN_FILES = 4096
 """Below this, a store or a bank of many parts, times the loader processes, can meet the limit."""
+CLOCK_SECONDS = 5.0
+"""More than this between two clocks, and files seem to come from the future."""
 FREE_BYTES = 10 << 30
 """Below this, the environment (3 GiB) and a run with a few checkpoints may not fit."""
 
@@ -190,21 +192,37 @@ def check_limits() -> Iterator[Finding]:
             yield Finding(OK, "open files", f"limit {soft}")
 
 
-def check_clock() -> Iterator[Finding]:
-    """A clock that is behind makes file times, logs and certificates of downloads wrong."""
+def check_clock(now: float | None = None, folder: Path | None = None) -> Iterator[Finding]:
+    """A clock that is behind makes file times, logs and certificates of downloads wrong.
+
+    now: seconds since 1970 in place of the clock's. folder: its file system's clock is compared too (a shared one has
+    its own).
+    """
     newest = max(path.stat().st_mtime for path in Path(__file__).parent.glob("*.py"))
-    now = time.time()
+    now = time.time() if now is None else now
     text = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(now))
     if now < newest:
         yield Finding(NOTE, "clock", f"{text} is before this package was written ({time.ctime(newest)}): set the clock")
-    else:
-        yield Finding(OK, "clock", text)
+        return
+    if folder is not None and os.access(folder, os.W_OK):
+        with tempfile.NamedTemporaryFile(dir=folder) as file:
+            off = os.stat(file.name).st_mtime - now
+        if abs(off) > CLOCK_SECONDS:
+            yield Finding(NOTE, "clock", f"{text}; the file system of {folder} is {off:+.0f} s away: synchronise both")
+            return
+    yield Finding(OK, "clock", text)
+
+
+def _existing(folder: Path) -> Path:
+    """The nearest folder above that is there."""
+    while not folder.exists():
+        folder = folder.parent
+    return folder
 
 
 def check_disk(folder: Path) -> Iterator[Finding]:
     """Free bytes where runs will be written, and whether a file can be written and made durable there."""
-    while not folder.exists():
-        folder = folder.parent
+    folder = _existing(folder)
     free = shutil.disk_usage(folder).free
     state, text = OK, f"{free / 2**30:.1f} GiB free at {folder}"
     if free < FREE_BYTES:
@@ -283,7 +301,7 @@ def examine(folder: Path, collective: bool = True) -> Iterator[Finding]:
     yield from check_devices()
     yield from check_compiler()
     yield from check_limits()
-    yield from check_clock()
+    yield from check_clock(folder=_existing(folder))
     yield from check_disk(folder)
     if collective:
         yield from check_collective("gloo")

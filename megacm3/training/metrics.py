@@ -52,6 +52,7 @@ class Metrics:
         self.config, self.active, self.steps, self._ranks = config, active, total_steps(config), ranks
         self.path, self._board, self._wandb = out / "metrics.jsonl", None, None
         self._started, self._first, self._wait, self._last_wait = time.monotonic(), first_step, 0.0, 0.0
+        self._own = 0.0
         self._saved: dict[str, float] = {}
         self._peak = peak_flops(ranks.device_name, config.train.dtype) if ranks else None
         self._flops, self._world = flops_per_token(config.model), ranks.world if ranks else 1
@@ -100,10 +101,13 @@ class Metrics:
         """
         if not self.due(step):
             return
+        begun = time.monotonic()
         figures = self._ranks.gather(self._last_wait) if self._ranks else None
         if not self.active:
             return
-        line = {"step": step} | step_metrics(result) | {"lr": lr, "tokens": tokens} | self._speed(step)
+        line: dict[str, Any] = (
+            {"step": step} | step_metrics(result) | {"lr": lr, "tokens": tokens} | self._speed(step, begun)
+        )
         line |= {"samples": samples} | {f"data_{name}": value for name, value in counts.items()}
         if self._ranks and figures:
             line |= figures.gains | {"memory": figures.memory, "forward_seconds": max(figures.forward)}
@@ -118,11 +122,12 @@ class Metrics:
         self._send(line, step)
         log.info("%s", self.console(line))
         self._report.maybe()
-        self._started, self._first, self._wait = time.monotonic(), step, 0.0
+        # A line counts from one line's beginning to the next one's: what this one took is the next one's log_share.
+        self._started, self._first, self._wait, self._own = begun, step, 0.0, time.monotonic() - begun
 
-    def _speed(self, step: int) -> dict[str, float | None]:
-        """Over the steps since the last line, saves included."""
-        seconds, steps = max(time.monotonic() - self._started, 1e-9), step - self._first
+    def _speed(self, step: int, now: float) -> dict[str, float | None]:
+        """Over the steps since the last line, saves included. log_share: what writing the last line and report took."""
+        seconds, steps = max(now - self._started, 1e-9), step - self._first
         tokens = steps * self.config.train.global_batch * self.config.model.sequence_length / seconds
         flops = tokens * self._flops / self._world
         return {
@@ -131,6 +136,7 @@ class Metrics:
             "flops_per_device": flops,
             "flops_utilization": flops / self._peak if self._peak else None,
             "data_wait": self._wait / seconds,
+            "log_share": self._own / seconds,
         }
 
     def console(self, line: dict[str, Any]) -> str:

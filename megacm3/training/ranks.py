@@ -58,21 +58,8 @@ class Ranks:
         return Figures(table[:, 0].tolist(), table[:, 1].tolist(), int(table[:, 2].max()), gains)
 
     def slow(self, figures: Figures) -> str:
-        """A line that names the rank that holds the others up; "" when there is none.
-
-        Ranks are compared with those of the same pipeline stage, since stages differ in what they compute.
-        """
-        size = self._context.tensor * self._context.data
-        worst, line = 0.0, ""
-        for what, seconds in (("forward pass", figures.forward), ("wait for data", figures.wait)):
-            for rank, own in enumerate(seconds):
-                first = rank // size * size
-                peers = [seconds[other] for other in range(first, first + size) if other != rank]
-                usual = median(peers) if peers else own
-                if own > SLOW * usual and own - usual > max(SLOW_SECONDS, worst):
-                    worst = own - usual
-                    line = f"rank {rank} on {self._hosts[rank]} is slow: {what} {own:.2f} s, its peers {usual:.2f} s"
-        return line
+        """A line that names the rank that holds the others up; "" when there is none."""
+        return slow_rank(figures, self._hosts, self._context.tensor * self._context.data)
 
     def _memory(self) -> int:
         if self._context.device.type == "cuda":
@@ -101,3 +88,20 @@ class Ranks:
             largest = torch.stack([value.abs().max() for value in values]).max()
             out += [float(squares), count, float(largest)]
         return out
+
+
+def slow_rank(figures: Figures, hosts: list[str], stage_size: int) -> str:
+    """A line that names the rank that holds the others up; "" when there is none.
+
+    Ranks are compared with those of the same pipeline stage (`stage_size` of them): stages differ in what they compute.
+    """
+    worst, line = 0.0, ""
+    for what, seconds in (("forward pass", figures.forward), ("wait for data", figures.wait)):
+        for rank, own in enumerate(seconds):
+            first = rank // stage_size * stage_size
+            peers = [seconds[other] for other in range(first, first + stage_size) if other != rank]
+            usual = median(peers) if peers else own
+            if own > SLOW * usual and own - usual > max(SLOW_SECONDS, worst):
+                worst = own - usual
+                line = f"rank {rank} on {hosts[rank]} is slow: {what} {own:.2f} s, its peers {usual:.2f} s"
+    return line

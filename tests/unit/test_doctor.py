@@ -1,5 +1,8 @@
 """The doctor's traps on real folders: the wrong apex, both faiss packages, old versions, no place to write."""
 
+import os
+import resource
+import time
 from pathlib import Path
 
 import pytest
@@ -65,3 +68,45 @@ def test_a_file_where_the_runs_should_go(tmp_path: Path) -> None:
     (tmp_path / "runs").touch()
     assert states(doctor.check_disk(tmp_path / "not" / "yet")) != [PROBLEM]
     assert states(doctor.check_disk(tmp_path / "runs")) == [PROBLEM]
+
+
+def test_little_shared_memory_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {finding.name: finding for finding in doctor.check_limits()}
+    assert "/dev/shm holds" in found["shared memory"].text
+    monkeypatch.setattr(doctor, "SHARED_MEMORY_BYTES", 1 << 60)  # more than any machine has
+    found = {finding.name: finding for finding in doctor.check_limits()}
+    assert found["shared memory"].state == NOTE and "--shm-size" in found["shared memory"].text
+
+
+def test_a_low_limit_of_open_files_is_noted() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    try:
+        found = {finding.name: finding for finding in doctor.check_limits()}
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert found["open files"].state == NOTE and "limit 256" in found["open files"].text
+
+
+def test_clocks_that_are_behind_or_apart(tmp_path: Path) -> None:
+    assert states(doctor.check_clock(folder=tmp_path)) == [OK]
+    (behind,) = doctor.check_clock(now=0.0)
+    assert behind.state == NOTE and "1970-01-01" in behind.text
+    (apart,) = doctor.check_clock(now=time.time() + 3600, folder=tmp_path)
+    assert apart.state == NOTE and "-3600 s away" in apart.text
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_devices_that_torch_sees() -> None:
+    import torch
+
+    found = list(doctor.check_devices())
+    assert [finding.name.startswith("cuda:") for finding in found] == [True] * torch.cuda.device_count() or (
+        "no CUDA device" in found[0].text
+    )
+
+
+def test_the_report_has_a_line_for_every_part() -> None:
+    names = [finding.name for finding in doctor.examine(ROOT, collective=False)]
+    for name in ("python", "machine", "packages", "faiss", "apex", "shared memory", "open files", "clock", "disk"):
+        assert name in names

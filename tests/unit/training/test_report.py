@@ -2,9 +2,13 @@
 
 import json
 import re
+import resource
+import signal
 from pathlib import Path
 
-from megacm3.training.report import write_report
+import pytest
+
+from megacm3.training.report import ReportWriter, write_report
 
 
 def test_the_page_holds_its_curves_and_the_last_figures(tmp_path: Path) -> None:
@@ -23,3 +27,30 @@ def test_the_page_holds_its_curves_and_the_last_figures(tmp_path: Path) -> None:
 
 def test_a_run_without_a_logged_step_still_has_a_page(tmp_path: Path) -> None:
     assert write_report(tmp_path).read_text().startswith("<!doctype html>")
+
+
+def test_reports_wait_until_they_cost_next_to_nothing(tmp_path: Path) -> None:
+    writer, page = ReportWriter(tmp_path, {}), tmp_path / "report.html"
+    writer.maybe()
+    assert "running" in page.read_text()
+    page.unlink()
+    writer.maybe()
+    assert not page.exists()
+    writer.write("finished")
+    assert "finished" in page.read_text()
+
+
+def test_a_disk_that_refuses_the_report_does_not_end_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    writer = ReportWriter(tmp_path, {})
+    writer.write("before")
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        writer.write("after")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    assert "could not be written: File too large" in caplog.text
+    assert "before" in (tmp_path / "report.html").read_text()
+    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
