@@ -79,16 +79,9 @@ class Metrics:
         self._wait += seconds
         self._last_wait = seconds
 
-    def saved(self, step: int, stall: float, total: float) -> None:
-        """Log a save of `step`: seconds that training stood still for it, and seconds until it was committed.
-
-        The next logged line carries both.
-        """
-        if not self.active:
-            return
+    def saved(self, stall: float, total: float) -> None:
+        """Note a committed save for the next line: seconds that training stood still, seconds until the commit."""
         self._saved = {"save_stall": stall, "save_total": total}
-        log.info("saved step %d: training stood still for %.2f s, committed after %.2f s", step, stall, total)
-        self._send(self._saved, step)
 
     def due(self, step: int) -> bool:
         """Whether step `step` (1 = the first) is logged."""
