@@ -22,12 +22,18 @@ from megacm3.convert.folder import HfFolder
 from megacm3.convert.from_hf import from_hf
 from megacm3.convert.names import export_kind, names
 from megacm3.convert.to_hf import Export, to_hf
-from megacm3.errors import ConfigError
+from megacm3.convert.verify import compare
+from megacm3.errors import CheckpointError, ConfigError
 from megacm3.files import sha256_file
 from megacm3.resolve import load_config
 
 COPIES = 4
 """Copies of the weights that the run needs room for: checkpoint, copy, export, import."""
+SPARE = 2_000_000_000
+"""Bytes of memory that the conversion in memory must leave to others."""
+GATE_LAYERS = 2
+"""Layers of which the logits are compared: both sides in fp32."""
+COPY = "copy of the checkpoint"
 
 
 @dataclass
@@ -110,7 +116,10 @@ def _as_tree(config: Any) -> dict[str, Any]:
 
 
 def all_in_memory(checkpoint: Path, target: Path) -> None:
-    """The usual converter, as `zero_to_fp32` and its kin: put the whole state dict together, then save it."""
+    """The usual converter, as `zero_to_fp32` and its kin: put the whole state dict together, then save it.
+
+    (`zero_to_fp32` itself knows no tensor and pipeline ranks, and would write twice the bytes.)
+    """
     from safetensors.torch import save_file
 
     source = Checkpoint(checkpoint)
@@ -127,45 +136,55 @@ def all_in_memory(checkpoint: Path, target: Path) -> None:
 def convert(
     work: Path, preset: str, tensor: int, pipeline: int, told: Callable[[str], None] = lambda line: None
 ) -> list[Timing]:
-    """Run all steps below `work`, and remove what they made. Raises ConfigError when the disk is too small."""
-    model = load_config(None, [f"model.preset={preset}"]).model
-    needed = 2 * sum(whole(name.shape).numel for name in names(export_kind(model), model))
+    """Run all steps below `work`, and remove what they made; files are read from the disk, not from the page cache.
+
+    The same bytes are copied before, between and after, as the disk's speed drifts. Raises ConfigError when the disk is
+    too small, CheckpointError when the export or the import is wrong.
+    """
+    config = load_config(None, [f"model.preset={preset}"])
+    needed = 2 * sum(whole(name.shape).numel for name in names(export_kind(config.model), config.model))
     work.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(work).free
-    if free < COPIES * needed * 1.05:
+    if free < COPIES * needed * 1.02:
         raise ConfigError(
             f"--work {work} has {free / 1e9:.1f} GB free; {preset} needs {COPIES} x {needed / 1e9:.1f} GB. "
             "Give another --work or a smaller --preset"
         )
     timings: list[Timing] = []
     source, copy, output, back = (work / name for name in ("checkpoint", "copy", "hf", "native"))
+
+    def step(name: str, read: Path, function: Callable[[], object]) -> None:
+        shutil.rmtree(copy, ignore_errors=True)
+        forget(read)
+        with measured(name, timings):
+            function()
+        told(f"{name:24} {timings[-1].seconds:7.1f} s, {timings[-1].peak_bytes / 1e9:.2f} GB of anonymous memory")
+
     try:
         told(f"writing {preset}: {needed / 1e9:.2f} GB as tensor {tensor} x pipeline {pipeline}")
         random_checkpoint(source, preset, tensor, pipeline)
-        fits = needed * 2 < _memory_bytes()
-        steps: list[tuple[str, Path, Callable[[], object]]] = [
-            ("copy of the checkpoint", source, lambda: _copy(source, copy)),
-            ("export", source, lambda: to_hf(Export.of(source), output)),
-            ("import", output, lambda: from_hf(HfFolder(output), back, tensor, pipeline)),
-        ]
-        if fits:
-            steps.append(("export, all in memory", source, lambda: all_in_memory(source, copy)))
-        for name, read, function in steps:
-            if copy.exists():
-                shutil.rmtree(copy)
-            forget(read)
-            with measured(name, timings):
-                function()
-            told(f"{name:24} {timings[-1].seconds:7.1f} s, {timings[-1].peak_bytes / 1e9:.2f} GB of anonymous memory")
-        told("every tensor of the import is the checkpoint's" if _same(source, back) else "the import DIFFERS")
+        step(COPY, source, lambda: _copy(source, copy))
+        step("export", source, lambda: to_hf(Export.of(source), output))
+        step(COPY, source, lambda: _copy(source, copy))
+        step("import", output, lambda: from_hf(HfFolder(output), back, tensor, pipeline))
+        step(COPY, source, lambda: _copy(source, copy))
+        available = _available_bytes()
+        if needed * 1.1 + SPARE < available:
+            step("export, all in memory", source, lambda: all_in_memory(source, copy))
+        else:
+            told(f"export, all in memory    left out: {available / 1e9:.1f} GB of memory are free")
+        step("hashes of every tensor", back, lambda: _same(source, back))
+        step(f"logits, {GATE_LAYERS} layers", output, lambda: told(_gate(source, output)))
     finally:
         for folder in (source, copy, output, back):
             shutil.rmtree(folder, ignore_errors=True)
     return timings
 
 
-def _memory_bytes() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+def _available_bytes() -> int:
+    """Memory that programs can still have (Linux)."""
+    (line,) = (line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable:"))
+    return int(line.split()[1]) * 1024
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -175,7 +194,14 @@ def _copy(source: Path, target: Path) -> None:
             os.fsync(file.fileno())
 
 
-def _same(first: Path, second: Path) -> bool:
+def _same(first: Path, second: Path) -> None:
     """Equal layouts of equal tensors are equal files, byte for byte."""
-    files = [path.name for path in first.glob("*.safetensors")]
-    return bool(files) and all(sha256_file(first / name) == sha256_file(second / name) for name in files)
+    for path in sorted(first.glob("*.safetensors")):
+        if sha256_file(path) != sha256_file(second / path.name):
+            raise CheckpointError(f"{second / path.name} differs from {path}, from which it came by way of an export")
+
+
+def _gate(source: Path, output: Path) -> str:
+    checkpoint = Checkpoint(source)
+    verdict = compare(checkpoint, config_of(checkpoint.config, 1, 1), output, layers=GATE_LAYERS)
+    return f"largest difference of a logit {verdict.largest:.1e} over {verdict.tokens} tokens"

@@ -6,6 +6,7 @@ grow with the model.
 
 import dataclasses
 import logging
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -135,16 +136,16 @@ def trainer_logits(
 
 
 @torch.no_grad()
-def hf_logits(folder: Path, batches: list[torch.Tensor]) -> list[torch.Tensor]:
-    """fp32 logits [B, T, vocab_size] of the folder's own class in transformers.
+def hf_logits(folder: Path, batches: list[torch.Tensor], layers: int = 0) -> list[torch.Tensor]:
+    """fp32 logits [B, T, vocab_size] of the folder's own class in transformers; layers: of the first ones alone.
 
     Raises CheckpointError when the class needs tensors that the folder lacks, or has no place for some that it holds.
     """
-    model, source = _empty_model(folder), HfFolder(folder)
+    model, source = _empty_model(folder, layers), HfFolder(folder)
     tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
     wanted = set(model.state_dict().keys())
     missing = sorted(wanted - source.tensors.keys() - tied.keys())
-    unexpected = sorted(source.tensors.keys() - wanted)
+    unexpected = sorted(name for name in source.tensors.keys() - wanted if not _beyond(name, layers))
     if missing or unexpected:
         what = f"lacks {missing[0]}" if missing else f"has no place for {unexpected[0]}"
         raise CheckpointError(f"{folder}: transformers' {type(model).__name__} {what}")
@@ -166,12 +167,19 @@ def _class(config: Any) -> Any:
     )
 
 
-def _empty_model(folder: Path) -> Any:
+def _beyond(name: str, layers: int) -> bool:
+    """Whether a tensor belongs to a layer that was cut away; nothing is where `layers` is 0."""
+    found = re.search(r"\.layers\.(\d+)\.", name)
+    return bool(layers and found and int(found[1]) >= layers)
+
+
+def _empty_model(folder: Path, layers: int = 0) -> Any:
     import transformers
     from accelerate import init_empty_weights
 
     transformers.utils.logging.disable_progress_bar()
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    config.num_hidden_layers = layers or config.num_hidden_layers
     with init_empty_weights(include_buffers=False):
         model = _class(config)(config)
     model.eval().float()
@@ -219,10 +227,12 @@ def compare(
     kind: str = PARAM,
     dtype: torch.dtype = torch.float32,
     tolerance: float = TOLERANCE,
+    layers: int = 0,
 ) -> Verdict:
     """Run both sides on random and, where the run's store is there, real tokens. kind, dtype: as in `trainer_logits`.
 
-    source: the folder's own form of the model, where it is not of transformers'.
+    source: the folder's own form of the model, where it is not of transformers'. layers: only the first ones of both
+    sides (0 = all), which a benchmark of a large model has time for.
 
     Raises CheckpointError when a logit differs by more than `tolerance` of the largest one, or is not finite.
     """
@@ -232,8 +242,9 @@ def compare(
     batches = [random_batch(ids, length)]
     real = real_batch(config, checkpoint.state, length)
     batches += [] if real is None else [real]
-    ours = trainer_logits(checkpoint, config, batches, kind, dtype)
-    theirs = meta_logits(source, batches) if isinstance(source, MetaFolder) else hf_logits(folder, batches)
+    cut = dataclasses.replace(config, model=dataclasses.replace(config.model, layers=layers or config.model.layers))
+    ours = trainer_logits(checkpoint, cut, batches, kind, dtype)
+    theirs = meta_logits(source, batches) if isinstance(source, MetaFolder) else hf_logits(folder, batches, layers)
     largest = 0.0
     for a, b in zip((logits[..., :ids] for logits in ours), theirs, strict=True):
         top = float(a.abs().max())
