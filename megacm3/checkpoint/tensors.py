@@ -5,9 +5,9 @@ import json
 import math
 import os
 import struct
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,16 +100,19 @@ def write_tensors(
     each piece. Hashing runs beside the writing; without it "sha256" is empty.
     """
     digest = hashlib.sha256()
+    hashing: deque[Future[None]] = deque()
     with open(path, "wb", buffering=0) as file, ThreadPoolExecutor(1) as beside:
 
         def put(data: memoryview) -> None:
             for low in range(0, len(data), CHUNK):
                 chunk = data[low : low + CHUNK]
-                hashing = beside.submit(digest.update, chunk) if hashed else None
+                if hashed:
+                    # One chunk may wait while the next is read and written: two of them are in memory at a time.
+                    hashing.append(beside.submit(digest.update, chunk))
+                    while len(hashing) > 1:
+                        hashing.popleft().result()
                 while chunk:
                     chunk = chunk[file.write(chunk) :]
-                if hashing is not None:
-                    hashing.result()
             done(len(data))
 
         put(memoryview(header_bytes(entries, metadata)))
@@ -123,6 +126,8 @@ def write_tensors(
             assert written == entry.bytes, f"{entry.key}: {written} bytes written of {entry.bytes}"
         size = file.tell()
         os.fsync(file.fileno())
+        for last in hashing:
+            last.result()
     return {"bytes": size, "sha256": digest.hexdigest() if hashed else ""}
 
 

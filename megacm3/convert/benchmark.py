@@ -29,7 +29,7 @@ from megacm3.resolve import load_config
 
 COPIES = 4
 """Copies of the weights that the run needs room for: checkpoint, copy, export, import."""
-SPARE = 2_000_000_000
+SPARE = 4_000_000_000
 """Bytes of memory that the conversion in memory must leave to others."""
 GATE_LAYERS = 2
 """Layers of which the logits are compared: both sides in fp32."""
