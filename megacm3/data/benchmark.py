@@ -54,7 +54,8 @@ def benchmark_pretokenize(work: Path, pictures: int = 4000, shards: int = 8) -> 
         sample = [_jpeg(n) for n in range(200)]
         for shard in range(shards):
             _write_shard(work / "in" / f"{shard:05d}.tar", range(shard, pictures, shards), sample)
-        _write_shard(work / "warm" / "0.tar", range(cores), sample)
+        for core in range(cores):
+            _write_shard(work / "warm" / f"{core}.tar", range(core, 2 * cores, cores), sample)
         torch.set_num_threads(1)
         began = time.perf_counter()
         pixels = [prepare_image(open_image(data), 64) for data in sample]
@@ -67,7 +68,7 @@ def benchmark_pretokenize(work: Path, pictures: int = 4000, shards: int = 8) -> 
         encode = (time.perf_counter() - began) / len(sample)
         text, image = str(work / "text"), str(work / "image")
         where = ExecutorOptions(workers=cores)
-        # The first job starts the server that workers are forked from, with its imports.
+        # The first job starts the server that workers are forked from, with its imports (one worker would need none).
         for name in ("warm", "in"):
             began = time.perf_counter()
             pretokenize(PretokenizeOptions((str(work / name),), text, image, str(work / f"{name}-store"), where=where))

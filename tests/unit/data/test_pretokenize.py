@@ -109,6 +109,21 @@ def test_same_bytes_for_any_workers_and_place(tokenizers, shards, reference, tmp
     assert same(reference, tmp_path / "store")
 
 
+@pytest.mark.long
+def test_ray_gives_the_same_bytes(tokenizers, shards, reference, tmp_path, monkeypatch):
+    pytest.importorskip("ray", reason="the package ray (extra `ray`) is not installed")
+    # Ray's workers start from a bare interpreter.
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    import ray
+
+    try:
+        pretokenize(options(tokenizers, shards / "*.tar", tmp_path / "store", executor="ray", workers=2))
+    finally:
+        ray.shutdown()
+    assert same(reference, tmp_path / "store")
+
+
 def command(tokenizers, inputs, output, *more):
     return [
         sys.executable, str(ROOT / "tools" / "pretokenize.py"), "--input", str(inputs), "--output", str(output),
