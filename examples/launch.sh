@@ -12,13 +12,24 @@ for child in psutil.Process(int(sys.argv[1])).children():
         rank.terminate()' "$1"
 }
 
-launch() {
-  local ranks="$1" port code=0
+launch_command() { # RANKS CONFIG [key=value ...]: the words of the launch, in launch_words
+  local ranks="$1" port
   shift
   port="$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')"
+  launch_words=(deepspeed -q --num_gpus "$ranks" --master_port "$port" --module megacm3.train "$@")
+  if [[ -n "${HOSTFILE:-}" ]]; then
+    launch_words=(deepspeed -q --hostfile "$HOSTFILE" --master_port "${MASTER_PORT:-29500}" --module megacm3.train "$@")
+  fi
+}
+
+launch() {
+  local ranks="$1" code=0
+  launch_command "$@"
   launch_stopped=0
+  # The order of tensor-parallel communication and matrix products relies on one connection.
+  export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
   OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(python -c 'import os, sys; print(max(1, os.cpu_count() // int(sys.argv[1])))' "$ranks")}" \
-    setsid deepspeed -q --num_gpus "$ranks" --master_port "$port" --module megacm3.train "$@" &
+    setsid "${launch_words[@]}" &
   launch_job=$!
   trap 'launch_stopped=1; _stop_ranks "$launch_job" || true' TERM INT
   # `wait` ends early when a signal comes in: wait until the job is really over.

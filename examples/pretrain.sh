@@ -1,9 +1,15 @@
 #!/usr/bin/env bash
-# Trains on the GPUs of one machine. A lost rank starts the run again from its last checkpoint; Ctrl-C saves and leaves.
+# Trains on the GPUs of one machine, or of those in a hostfile. A run that lost a rank or was stopped from outside starts
+# again from its last checkpoint; Ctrl-C or SIGTERM to this script saves and leaves.
 #
 #   bash examples/pretrain.sh examples/configs/cm3leon_7b.yaml train.out=runs/cm3leon_7b [key=value ...]
 #
-# RANKS=N (default: the number of GPUs, or 1) and RESTARTS=N (default 5) may be set in the environment.
+# May be set in the environment:
+#   RANKS=N      GPUs of this machine (default: all, or 1 without any)
+#   HOSTFILE=F   several machines, as in examples/hostfile: started over ssh with pdsh, one shared folder for train.out;
+#                RANKS is then their sum of slots. To stop such a run, send SIGTERM to one of its ranks.
+#   RESTARTS=N   at most so many starts after the first (default 5)
+#   DRY_RUN=1    check the config for that many ranks, print what would start, and leave
 set -uo pipefail
 if (($# == 0)); then
   echo "error: no config given; for example: bash examples/pretrain.sh examples/configs/cm3leon_7b.yaml" >&2
@@ -11,13 +17,25 @@ if (($# == 0)); then
 fi
 source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 
-ranks="${RANKS:-$(python -c 'import torch; print(max(1, torch.cuda.device_count()))')}"
+if [[ -n "${HOSTFILE:-}" ]]; then
+  ranks="$(awk -F slots= '!/^#/ && NF > 1 {sum += $2} END {print sum + 0}' "$HOSTFILE")"
+else
+  ranks="${RANKS:-$(python -c 'import torch; print(max(1, torch.cuda.device_count()))')}"
+fi
 restarts="${RESTARTS:-5}"
+if [[ -n "${DRY_RUN:-}" ]]; then
+  python -m megacm3.train --dry-run "$ranks" "$@" || exit
+  launch_command "$ranks" "$@"
+  echo "start   ${launch_words[*]}"
+  echo "again   after exit codes 6, 75 and above 128, at most $restarts times"
+  exit 0
+fi
 for ((start = 0; ; start++)); do
   launch "$ranks" "$@"
   code=$?
-  # 6: a rank was lost or hung; above 128: it was killed (out of memory, for example). The rest needs a person.
-  if ((launch_stopped || start >= restarts)) || ! ((code == 6 || code > 128)); then
+  # 75: somebody stopped a rank, all is saved; 6: a rank was lost or hung; above 128: it was killed (out of memory, for
+  # example). The rest needs a person.
+  if ((launch_stopped || start >= restarts)) || ! ((code == 6 || code == 75 || code > 128)); then
     exit "$code"
   fi
   echo "exit code $code: start $((start + 2)) of at most $((restarts + 1)), from the last checkpoint" >&2

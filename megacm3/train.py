@@ -25,6 +25,12 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("config", help="YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example train.steps=100")
+    parser.add_argument(
+        "--dry-run",
+        type=int,
+        metavar="RANKS",
+        help="say what would start on so many ranks, and leave",
+    )
     parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
@@ -44,7 +50,7 @@ def _environment(local_rank: int | None) -> int:
 def check_launch(config: Config, world: int) -> None:
     """All that can be known before any process group exists. Raises ConfigError."""
     from megacm3.parallel.context import check_world
-    from megacm3.parallel.engine import fill_deepspeed_json
+    from megacm3.parallel.deepspeed_json import fill_deepspeed_json
 
     if not config.train.out:
         raise ConfigError("train.out is empty; give the run's folder, for example train.out=runs/first")
@@ -58,6 +64,8 @@ def check_launch(config: Config, world: int) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Parse, check, build, train."""
     arguments = _arguments(argv)
+    if arguments.dry_run is not None:
+        return _dry_run(load_config(arguments.config, arguments.overrides), arguments.dry_run)
     world = _environment(arguments.local_rank)
     with _one_voice():
         config = load_config(arguments.config, arguments.overrides)
@@ -68,6 +76,14 @@ def main(argv: list[str] | None = None) -> int:
         prepare(device)
         check_launch(config, world)
     return _train(config, device)
+
+
+def _dry_run(config: Config, ranks: int) -> int:
+    from megacm3.training.dry_run import describe
+
+    check_launch(config, ranks)
+    print(describe(config, ranks))
+    return 0
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from megacm3.presets import PRESETS
 from tests.helpers.stores import make_store
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -128,3 +129,41 @@ def test_slurm_a_signal_puts_the_job_back_into_the_queue(config: Path, tmp_path:
     assert process.returncode == 0, printed
     assert log.read_text() == "requeue 12345\n"
     assert last_step(out) >= 1
+
+
+REAL = [name for name in PRESETS if not name.startswith("tiny_")]
+GPUS = {"chameleon_34b": 32}
+"""Of the smallest launch that a config's first line names; 8 for the others."""
+
+
+def dry_run(script: str, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", str(ROOT / "examples" / script), *arguments],
+        env=environment(DRY_RUN="1", **more),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.long if n != REAL[0] else ()) for n in REAL])
+def test_each_preset_on_one_machine_and_on_slurm_as_it_would_start(name: str) -> None:
+    config, gpus = f"examples/configs/{name}.yaml", str(GPUS.get(name, 8))
+    here = dry_run("pretrain.sh", config, RANKS=gpus)
+    slurm = dry_run("pretrain.sbatch", config, SLURM_NTASKS=gpus)
+    for done in (here, slurm):
+        assert done.returncode == 0, done.stderr
+        assert f"model   {name}, bf16" in done.stdout and f"ranks   {gpus}: tensor" in done.stdout
+        assert f"out     runs/{name}" in done.stdout
+    assert f"start   deepspeed -q --num_gpus {gpus} " in here.stdout and f"megacm3.train {config}" in here.stdout
+    assert "again   after exit codes 6, 75" in here.stdout
+    assert not (ROOT / "runs" / name).exists()
+
+
+def test_a_hostfile_counts_the_machines_and_a_wrong_number_of_gpus_is_refused() -> None:
+    many = dry_run("pretrain.sh", "examples/configs/chameleon_34b.yaml", HOSTFILE="examples/hostfile")
+    assert many.returncode == 0, many.stderr
+    assert "ranks   32: tensor 8" in many.stdout and "--hostfile examples/hostfile" in many.stdout
+    wrong = dry_run("pretrain.sh", "examples/configs/chameleon_34b.yaml", RANKS="12")
+    assert wrong.returncode == 2 and "12 processes cannot be cut" in wrong.stderr and "start" not in wrong.stdout
