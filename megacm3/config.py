@@ -200,6 +200,10 @@ class CheckpointConfig:
     """Steps between saves; the last step is always saved. 0 = only the last."""
     keep: int = 2
     """Committed steps to keep; 0 = all."""
+    background: bool = True
+    """Save from copies while the training goes on; a rank keeps host memory of the size of its share for it."""
+    on_failure: str = "stop"
+    """stop | continue: what a save that fails (no space, no right to write) does to the run; the last step's stops."""
     resume: str = "auto"
     """required | auto | never. auto continues from the newest valid step, and says so when there is none."""
 
@@ -252,6 +256,7 @@ CHOICES = {
     "train.dtype": ("fp32", "bf16"),
     "train.device": ("auto", "cpu", "cuda"),
     "checkpoint.resume": ("required", "auto", "never"),
+    "checkpoint.on_failure": ("stop", "continue"),
 }
 
 

@@ -35,7 +35,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _environment(local_rank: int | None) -> int:
+def environment(local_rank: int | None) -> int:
     """Fill in what a launcher would set, for a run of one process; return the world size."""
     if local_rank is not None:
         os.environ.setdefault("LOCAL_RANK", str(local_rank))
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _arguments(argv)
     if arguments.dry_run is not None:
         return _dry_run(load_config(arguments.config, arguments.overrides), arguments.dry_run)
-    world = _environment(arguments.local_rank)
+    world = environment(arguments.local_rank)
     with _one_voice():
         config = load_config(arguments.config, arguments.overrides)
 

@@ -1,7 +1,7 @@
 """Measure on this machine.
 
 convert = export and import at a model's real size, beside plain copies of its bytes. pretokenize = pictures to codes on
-all cores, beside the bare decoding and encoding of a picture.
+all cores, beside the bare decoding and encoding of a picture. checkpoint = a background save of 2.1 GB, beside dd.
 """
 
 import argparse
@@ -27,7 +27,28 @@ def _parser() -> argparse.ArgumentParser:
     pretokenize.add_argument(
         "--work", default="benchmark", metavar="DIR", help="where the files go, removed afterwards"
     )
+    checkpoint = commands.add_parser("checkpoint", help="background saves in turns with dd conv=fsync")
+    checkpoint.add_argument("--rounds", type=int, default=7, help="default %(default)s")
+    checkpoint.add_argument("--work", default="benchmark", metavar="DIR", help="where the files go, removed afterwards")
     return parser
+
+
+def _checkpoint(given: argparse.Namespace) -> int:
+    import torch
+
+    from megacm3.parallel.cpu import prepare
+    from megacm3.train import environment
+
+    prepare(torch.device("cpu"))
+    environment(None)
+    from megacm3.checkpoint.benchmark import benchmark_checkpoint
+
+    if Path(given.work).exists():
+        raise ConfigError(f"--work {given.work} exists already; it would be removed")
+    timing = benchmark_checkpoint(Path(given.work), given.rounds, lambda line: print(line, flush=True))
+    print(f"{timing.bytes / 1e9:.2f} GB: save {timing.save:.2f} s, stall {timing.stall:.2f} s, dd {timing.dd:.2f} s")
+    print(f"save: {timing.save / timing.dd:.2f} x the time of dd")
+    return 0
 
 
 def _pretokenize(given: argparse.Namespace) -> int:
@@ -47,6 +68,8 @@ def main(arguments: list[str] | None = None) -> int:
     given = _parser().parse_args(arguments)
     if given.command == "pretokenize":
         return _pretokenize(given)
+    if given.command == "checkpoint":
+        return _checkpoint(given)
 
     from megacm3.convert.benchmark import convert
 

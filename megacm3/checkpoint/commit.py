@@ -102,10 +102,10 @@ def commit(
     inputs: dict[str, str],
     files: dict[str, dict[str, Any]],
     keep: int,
-) -> Path:
+) -> list[Path]:
     """Turn a temporary folder whose files are all written into the committed step. Called on one rank.
 
-    keep: newest valid steps to keep, 0 = all.
+    keep: newest valid steps to keep, 0 = all. Returns what `remove_retired` may delete.
     """
     temporary, final = temporary_folder(folder, step), folder / step_name(step)
     write_manifest(temporary, KIND, settings, inputs, files)
@@ -119,19 +119,23 @@ def commit(
     strike("save.before_pointer", step=step)
     with new_file(folder / LATEST) as pointer:
         pointer.write_text(final.name + "\n", encoding="utf-8")
-    shutil.rmtree(old, ignore_errors=True)
-    if keep:
-        _retire([path for path in discover(folder) if path != final][keep - 1 :])
-    return final
-
-
-def _retire(paths: list[Path]) -> None:
-    for path in paths:
+    retired = [old] if old.exists() else []
+    for path in [path for path in discover(folder) if path != final][keep - 1 :] if keep else []:
         gone = path.with_name(f".{path.name}.gone")
         try:
             # Out of sight first: a half-deleted step must not stand under a step's name.
             os.replace(path, gone)
-            shutil.rmtree(gone)
+            retired.append(gone)
+        except OSError as fault:
+            log.warning("old checkpoint %s could not be removed: %s", path, fault.strerror)
+    return retired
+
+
+def remove_retired(paths: list[Path]) -> None:
+    """Delete what `commit` put out of sight; it may take its time."""
+    for path in paths:
+        try:
+            shutil.rmtree(path)
         except OSError as fault:
             log.warning("old checkpoint %s could not be removed: %s", path, fault.strerror)
 

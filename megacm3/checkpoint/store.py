@@ -1,7 +1,6 @@
-"""Save and load a running engine: `save`, `load`, `discover`, and `Saver` for saves in the background."""
+"""Save and load a running engine: `save`, `load`, and `Saver` for saves in the background."""
 
 import dataclasses
-import logging
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megacm3.checkpoint.commit import abandon, begin, clear_leftovers, commit, discover, temporary_folder
+from megacm3.checkpoint.commit import abandon, begin, commit, remove_retired, temporary_folder
 from megacm3.checkpoint.pieces import Piece, index_of, manifest_settings
 from megacm3.checkpoint.reader import Checkpoint, key_of
 from megacm3.checkpoint.state import collect, expected_tensors, fill, optimizer_step, settle
@@ -21,9 +20,6 @@ from megacm3.faults import strike
 from megacm3.files import sha256_file
 from megacm3.parallel.context import ParallelContext
 from megacm3.parallel.engine import Engine
-
-__all__ = ["Saver", "clear_leftovers", "discover", "load", "save"]
-log = logging.getLogger(__name__)
 
 
 def save(engine: Engine, context: ParallelContext, folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
@@ -35,6 +31,7 @@ def save(engine: Engine, context: ParallelContext, folder: Path, step: int, stat
     saver = Saver(engine, context, Path(folder), keep)
     saver.start(step, state)
     path = saver.finish()
+    saver.close()
     assert path is not None
     return path
 
@@ -97,10 +94,12 @@ class Saver:
     def __init__(self, engine: Engine, context: ParallelContext, folder: Path, keep: int) -> None:
         self._engine, self._context, self._folder, self._keep = engine, context, folder, keep
         self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._copies: dict[str, torch.Tensor] = {}
         self._step = -1
         self._state: dict[str, Any] = {}
         self._index: dict[str, Any] = {}
         self._writing: Future[dict[str, Any]] | None = None
+        self._removal: Future[None] | None = None
         self._begun = 0.0
         self.stall = 0.0
         """Seconds that the last save kept the training waiting."""
@@ -113,6 +112,7 @@ class Saver:
         Raises CheckpointError, on every rank, when there is no room or no right to write.
         """
         self.finish()
+        self.close()
         self._begun, self.stall = time.monotonic(), 0.0
         pieces, problem = _attempt(lambda: collect(self._engine))
         _agree(self._context, problem)
@@ -124,8 +124,7 @@ class Saver:
         self._agree_or_abandon(problem)
         self._writing = Future()
         if background:
-            pieces = [dataclasses.replace(piece, tensor=piece.tensor.to("cpu", copy=True)) for piece in pieces]
-            self._writing = self._thread.submit(self._write, pieces)
+            self._writing = self._thread.submit(self._write, self._copied(pieces))
         else:
             written, problem = _attempt(lambda: self._write(pieces))
             self._writing.set_exception(problem) if problem else self._writing.set_result(written)
@@ -157,6 +156,26 @@ class Saver:
         now = time.monotonic()
         self.stall, self.total = self.stall + now - begun, now - self._begun
         return self._folder / f"step_{self._step:06d}"
+
+    def close(self) -> None:
+        """Wait until old steps are deleted."""
+        if self._removal is not None:
+            self._removal.result()
+            self._removal = None
+
+    def _copied(self, pieces: list[Piece]) -> list[Piece]:
+        """The pieces in host memory that is kept from save to save: fresh pages cost more than the copy."""
+        pinned, copies = self._context.device.type == "cuda", {}
+        for piece in pieces:
+            key, tensor = key_of(piece.kind, piece.name, piece.box), piece.tensor
+            held = self._copies.get(key)
+            if held is None or held.dtype != tensor.dtype:
+                held = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
+            copies[key] = held.copy_(tensor, non_blocking=pinned)
+        if pinned:
+            torch.cuda.synchronize()
+        self._copies = copies
+        return [dataclasses.replace(p, tensor=t) for p, t in zip(pieces, copies.values(), strict=True)]
 
     @property
     def _name(self) -> str:
@@ -206,7 +225,8 @@ class Saver:
             parts=parts,
         )
         files = {part["file"]: part["entry"] for part in parts}
-        commit(self._folder, self._step, settings, {}, files, self._keep)
+        retired = commit(self._folder, self._step, settings, {}, files, self._keep)
+        self._removal = self._thread.submit(remove_retired, retired)
 
 
 def _entries(pieces: list[Piece]) -> list[Entry]:

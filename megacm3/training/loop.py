@@ -2,7 +2,6 @@
 
 import time
 
-from megacm3.config import total_steps
 from megacm3.errors import Stopped
 from megacm3.parallel.replicated import check_replicas
 from megacm3.training.guards import check_finite
@@ -19,8 +18,7 @@ def train(run: Run) -> None:
     Raises Stopped after a signal (everything is saved) and Diverged when the loss is no longer finite.
     """
     config = run.config
-    steps = total_steps(config)
-    last = min(steps, config.train.stop_at or steps)
+    last = run.last_step
     stop = StopRequest(run.context)
     with Metrics(config, run.out, run.step, run.is_main, Ranks(run.engine), str(run.context)) as metrics:
         batches = iter(run.loader())
@@ -39,7 +37,10 @@ def train(run: Run) -> None:
             if run.step % config.log.replicas_every == 0:
                 check_replicas(run.engine.module, run.context)
             stopping = stop.agreed()
+            run.poll(metrics)
             if stopping or run.step == last or (config.checkpoint.every and run.step % config.checkpoint.every == 0):
-                run.save()
+                run.save(metrics)
             if stopping and run.step < last:
+                run.finish(metrics)
                 raise Stopped(f"stopped by a signal at step {run.step}, saved; run the same command to continue")
+        run.finish(metrics)

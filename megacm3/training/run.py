@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -11,9 +12,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megacm3.checkpoint.commit import discover
-from megacm3.checkpoint.store import load, save
-from megacm3.config import Config
+from megacm3.checkpoint.commit import clear_leftovers, discover
+from megacm3.checkpoint.store import Saver, load
+from megacm3.config import Config, total_steps
 from megacm3.data.build import build_stream
 from megacm3.data.loader import Loader, check_resume
 from megacm3.data.stream import Stream
@@ -22,6 +23,7 @@ from megacm3.parallel.context import ParallelContext
 from megacm3.parallel.engine import Engine
 from megacm3.parallel.replicated import check_replicas
 from megacm3.resolve import save_config
+from megacm3.training.metrics import Metrics
 
 log = logging.getLogger(__name__)
 LIBRARIES = ("torch", "megatron-core", "deepspeed", "numpy", "safetensors", "sentencepiece", "diffusers")
@@ -48,6 +50,7 @@ class Run:
     context: ParallelContext
     stream: Stream
     engine: Engine
+    saver: Saver
     out: Path
     step: int = 0
     """Optimizer steps done."""
@@ -58,6 +61,12 @@ class Run:
     def is_main(self) -> bool:
         """Whether this rank writes the run's files."""
         return self.context.rank == 0
+
+    @property
+    def last_step(self) -> int:
+        """The step after which this start leaves."""
+        steps = total_steps(self.config)
+        return min(steps, self.config.train.stop_at or steps)
 
     def loader(self) -> Loader:
         """Steps from where the run stands."""
@@ -74,6 +83,7 @@ class Run:
         )
 
     _sequence: int = 0
+    _stall: float = 0.0
 
     def advance(self) -> None:
         """Count one finished step."""
@@ -97,9 +107,10 @@ class Run:
         sums = self.engine.evaluate([batch])
         return float(sums[0] / sums[3])
 
-    def save(self) -> None:
-        """Check the replicas, then commit a checkpoint of this step. Collective."""
+    def save(self, metrics: Metrics) -> None:
+        """Check the replicas, then save this step, in the background where the config says so. Collective."""
         begun = time.monotonic()
+        self.finish(metrics)
         check_replicas(self.engine.module, self.context)
         state = {
             "step": self.step,
@@ -111,10 +122,42 @@ class Run:
             "vocabulary": self.stream.vocabulary.to_json(),
             "versions": versions(),
         }
-        folder = self.out / "checkpoints"
-        path = save(self.engine, self.context, folder, self.step, state, self.config.checkpoint.keep)
+        background = self.config.checkpoint.background
+        self._try(lambda: self.saver.start(self.step, state, background=background))
+        self._stall = time.monotonic() - begun
+        if not background:
+            self.finish(metrics)
+
+    def poll(self, metrics: Metrics) -> None:
+        """Commit the save in the background if every rank has written its part. Collective."""
+        self._wait_for(self.saver.poll, metrics)
+
+    def finish(self, metrics: Metrics) -> None:
+        """Wait for the save in the background, if there is one, and commit it. Collective."""
+        self._wait_for(self.saver.finish, metrics)
+
+    def _wait_for(self, act: Callable[[], Path | None], metrics: Metrics) -> None:
+        begun = time.monotonic()
+        path = self._try(act)
+        self._stall += time.monotonic() - begun
+        self._committed(path, metrics)
+
+    def _try(self, act: Callable[[], Path | None]) -> Path | None:
+        try:
+            return act()
+        except CheckpointError as error:
+            if self.config.checkpoint.on_failure == "stop" or self.step >= self.last_step:
+                raise
+            if self.is_main:
+                log.error("not saved: %s; training goes on (checkpoint.on_failure = continue)", error)
+            return None
+
+    def _committed(self, path: Path | None, metrics: Metrics) -> None:
+        if path is None:
+            return
+        metrics.saved(self._stall, self.saver.total)
         if self.is_main:
-            log.info("saved %s in %.1f s", path, time.monotonic() - begun)
+            log.info("saved %s in %.1f s; the training waited %.1f s", path, self.saver.total, self._stall)
 
     def resume(self) -> None:
         """Continue from the newest valid checkpoint, as checkpoint.resume says. Collective.
@@ -122,6 +165,8 @@ class Run:
         Raises CheckpointError when one is required and there is none, or when what was saved does not fit.
         """
         wanted, folder = self.config.checkpoint.resume, self.out / "checkpoints"
+        if self.is_main and folder.is_dir():
+            clear_leftovers(folder)
         found = discover(folder) if wanted != "never" else []
         if not found:
             if wanted == "required":
@@ -161,4 +206,5 @@ def build_run(config: Config, context: ParallelContext) -> Run:
     dist.barrier(group=context.control_group)
     kinds = torch.from_numpy(stream.vocabulary.kind.copy())
     engine = Engine(config, context, kinds)
-    return Run(config, context, stream, engine, out)
+    saver = Saver(engine, context, out / "checkpoints", config.checkpoint.keep)
+    return Run(config, context, stream, engine, saver, out)

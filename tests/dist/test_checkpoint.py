@@ -46,6 +46,7 @@ def run(
         if step in save_at:
             saver.start(step, {"step": step, "text": "ü"}, background=saving.get("background", False))
     saver.finish()
+    saver.close()
     return {"losses": losses, "state": state}
 
 

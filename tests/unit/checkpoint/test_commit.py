@@ -13,7 +13,8 @@ from megacm3.errors import CheckpointError
 def make(folder: Path, step: int, keep: int = 0, text: str = "data") -> Path:
     temporary = begin(folder, step, 1)
     (temporary / "rank_00000.safetensors").write_text(text)
-    return commit.commit(folder, step, {"step": step}, {}, {}, keep)
+    commit.remove_retired(commit.commit(folder, step, {"step": step}, {}, {}, keep))
+    return folder / commit.step_name(step)
 
 
 def names(folder: Path) -> list[str]:
