@@ -2,11 +2,13 @@
 
 convert = export and import at a model's real size, beside plain copies of its bytes. pretokenize = pictures to codes on
 all cores, beside the bare decoding and encoding of a picture. checkpoint = a background save of 2.1 GB, beside dd.
+retrieval = recall, speed and memory of a memory bank beside bare FAISS with the same index.
 """
 
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -30,6 +32,7 @@ def _parser() -> argparse.ArgumentParser:
     checkpoint = commands.add_parser("checkpoint", help="background saves in turns with dd conv=fsync")
     checkpoint.add_argument("--rounds", type=int, default=7, help="default %(default)s")
     checkpoint.add_argument("--work", default="benchmark", metavar="DIR", help="where the files go, removed afterwards")
+    _add_retrieval(commands)
     return parser
 
 
@@ -48,6 +51,38 @@ def _checkpoint(given: argparse.Namespace) -> int:
     timing = benchmark_checkpoint(Path(given.work), given.rounds, lambda line: print(line, flush=True))
     print(f"{timing.bytes / 1e9:.2f} GB: save {timing.save:.2f} s, stall {timing.stall:.2f} s, dd {timing.dd:.2f} s")
     print(f"save: {timing.save / timing.dd:.2f} x the time of dd")
+    return 0
+
+
+def _add_retrieval(commands: Any) -> None:
+    retrieval = commands.add_parser("retrieval", help="a memory bank of jittered pairs beside bare FAISS")
+    add = retrieval.add_argument
+    add("--input", nargs="+", default=["examples/data/*.tar"], metavar="GLOB|DATASET", help="captioned pictures")
+    add("--documents", type=int, default=1_000_000, help="default %(default)s")
+    add("--queries", type=int, default=10_000, help="of each kind, from pairs held out (default %(default)s)")
+    add("--width", type=int, default=512, help="of the vectors (default %(default)s)")
+    add("--index", default="IVF4096,SQ8", metavar="FACTORY", help="default %(default)s")
+    add("--encoder-steps", type=int, default=300, help="training steps of the CLIP (default %(default)s)")
+    add("--seed", type=int, default=0)
+    add("--only", nargs="+", default=[], metavar="PHASE", help="these phases; run the command again for the others")
+    add("--work", default="benchmark", metavar="DIR", help="files and figures (5 GB); finished phases are kept there")
+
+
+def _retrieval(given: argparse.Namespace) -> int:
+    from megacm3.retrieval.benchmark import PHASES, benchmark_retrieval, report
+    from megacm3.retrieval.benchmark_data import BenchmarkData
+
+    unknown = [name for name in given.only if name not in PHASES]
+    if unknown:
+        raise ConfigError(f"--only {unknown[0]} is no phase; expected some of {', '.join(PHASES)}")
+    data = BenchmarkData(
+        tuple(given.input), given.documents, given.queries, given.width, given.encoder_steps, given.seed
+    )
+    found = benchmark_retrieval(
+        Path(given.work), data, given.index, lambda line: print(line, flush=True), tuple(given.only)
+    )
+    for line in report(found, data):
+        print(line)
     return 0
 
 
@@ -70,6 +105,8 @@ def main(arguments: list[str] | None = None) -> int:
         return _pretokenize(given)
     if given.command == "checkpoint":
         return _checkpoint(given)
+    if given.command == "retrieval":
+        return _retrieval(given)
 
     from megacm3.convert.benchmark import convert
 

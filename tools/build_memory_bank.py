@@ -22,7 +22,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--output", required=True, metavar="BANK", help="bank to make; unfinished work lies in BANK.work")
     add("--index", default="auto", metavar="FACTORY", help="faiss factory string (default: chosen by size)")
-    add("--shard-size", type=int, default=1_000_000, metavar="N", help="vectors an index shard (default %(default)s)")
+    add("--shard-size", type=int, default=0, metavar="N", help="vectors an index shard (default: chosen by size)")
     add("--nprobe", type=int, default=0, help="lists searched (default: the fewest with a recall@10 of 0.95)")
     add("--merge", action="store_true", help="merge the shards into one index on disk")
     add("--batch", type=int, default=64, help="pictures encoded at once (default %(default)s)")

@@ -14,6 +14,7 @@ A bank is never changed: new data is a new bank. It is joined by document number
 """
 
 import hashlib
+import mmap as mapping
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -30,8 +31,10 @@ if TYPE_CHECKING:
     import pyarrow
 
 KIND = "bank"
-_AT_ONCE = 16_384
+_AT_ONCE = 4096
 """Vectors made at once: the steps between need a few times their memory."""
+_HELD = 65_536
+"""Rows read before the pages of the mapped files are given back: they would count as the process's memory."""
 META_FIELDS = {
     "doc_id": "int64",
     "key": "string",
@@ -68,6 +71,7 @@ class Embeddings:
         self._folder = folder
         self._starts = np.concatenate([[0], np.cumsum(np.asarray(parts, np.int64))]).astype(np.int64)
         self._maps: dict[tuple[str, int], np.ndarray] = {}
+        self._read = 0
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -86,15 +90,28 @@ class Embeddings:
         order = np.argsort(parts, kind="stable")
         result = np.empty((len(rows), blocks[0].shape[1]), np.float32)
         result[order] = np.concatenate(blocks)
+        self._read += len(rows)
+        if self._read > _HELD:
+            self._give_back()
         return result
+
+    def _give_back(self) -> None:
+        self._read = 0
+        for array in self._maps.values():
+            mapped = getattr(array, "_mmap", None)
+            if mapped is not None and hasattr(mapping, "MADV_DONTNEED"):
+                mapped.madvise(mapping.MADV_DONTNEED)
 
     def documents(self, rows: np.ndarray) -> np.ndarray:
         """float32 [len(rows), d]: document vectors, made of the stored halves."""
-        blocks = []
+        result = np.zeros((0, 0), np.float32)
         for start in range(0, len(rows), _AT_ONCE):
             part = rows[start : start + _AT_ONCE]
-            blocks.append(document_vectors(self.take("image", part), self.take("text", part)))
-        return np.concatenate(blocks) if blocks else np.zeros((0, 0), np.float32)
+            vectors = document_vectors(self.take("image", part), self.take("text", part))
+            if not start:
+                result = np.empty((len(rows), vectors.shape[1]), np.float32)
+            result[start : start + _AT_ONCE] = vectors
+        return result
 
     def _map(self, kind: str, part: int) -> np.ndarray:
         found = self._maps.get((kind, part))

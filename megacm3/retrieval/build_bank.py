@@ -22,12 +22,10 @@ from megacm3.retrieval.embed import EmbedParts
 from megacm3.retrieval.encoder import encoder_fingerprint
 from megacm3.retrieval.precomputed import PREFIX, Precomputed
 from megacm3.retrieval.train_encoder import copy_encoder
-from megacm3.retrieval.units import Job, run_units
+from megacm3.retrieval.units import FOLDER, Job, run_units
 
 logger = logging.getLogger(__name__)
 
-SHARD_ROWS = 1_000_000
-"""Vectors in an index shard: half a gigabyte at 512 bytes a vector."""
 _AT_ONCE = 8192
 """Vectors in memory at once, where all are gone through."""
 _EVALUATED = 1000
@@ -49,7 +47,8 @@ class BankOptions:
     """Paths and globs that the store was made from."""
     index: str = "auto"
     """A factory string of faiss; auto: by the number of documents."""
-    shard_rows: int = SHARD_ROWS
+    shard_rows: int = 0
+    """Vectors of an index shard; 0: by the number of documents (`index.shard_size`)."""
     nprobe: int = 0
     """Lists searched of an inverted file; 0: the fewest that reach a recall@10 of 0.95, at most a sixteenth."""
     merge: bool = False
@@ -107,8 +106,8 @@ def build_bank(options: BankOptions) -> BankReport:
 
 
 def _check(options: BankOptions) -> None:
-    if options.shard_rows < 1 or options.batch < 1 or options.nprobe < 0:
-        raise ConfigError("--shard-size and --batch must be at least 1, --nprobe at least 0")
+    if options.shard_rows < 0 or options.batch < 1 or options.nprobe < 0:
+        raise ConfigError("--batch must be at least 1, --shard-size and --nprobe at least 0")
     if not options.inputs and not options.encoder.startswith(PREFIX):
         raise ConfigError("--input is needed: the pictures and captions that the store was made from")
 
@@ -186,22 +185,11 @@ def _trained(folder: Path, factory: str, dim: int) -> Any:
 
 def _index(options: BankOptions, job: Job, rows: list[int], workers: int) -> dict[str, Any]:
     """Train, add, measure, merge; gives the settings that follow from it."""
-    folder, total = job.folder, sum(rows)
-    embeddings = Embeddings(folder, rows)
-    factory = indexes.choose_index(total) if options.index == "auto" else options.index
-    dim = _dim(folder, rows)
-    empty = indexes.new_index(factory, dim)
-    listed = indexes.inverted_lists(empty) is not None
-    if options.merge and not listed:
-        raise ConfigError(f"--merge needs an inverted file; the index is {factory}")
-    if listed and not (folder / "index" / "trained.faiss").is_file():
-        _train(folder, empty, embeddings, options.seed)
-    count = -(-total // options.shard_rows)
-    run_units(AddShards(factory, tuple(rows), options.shard_rows, count), job.work, workers)
-    paths = [folder / "index" / shard_name(number, count) for number in range(count)]
-    made: dict[str, Any] = {"index": factory, "shards": count, "nprobe": 0, "recall": {}}
-    if listed:
-        measured = measure_recall(paths, embeddings, np.load(folder / "doc_ids.npy"), options)
+    folder = job.folder
+    factory, paths = make_shards(job.work, rows, options, workers)
+    made: dict[str, Any] = {"index": factory, "shards": len(paths), "nprobe": 0, "recall": {}}
+    if (folder / "index" / "trained.faiss").is_file():
+        measured = measure_recall(paths, Embeddings(folder, rows), np.load(folder / "doc_ids.npy"), options)
         write_json(folder / "eval" / "recall.json", measured)
         made |= {"nprobe": measured["nprobe"], "recall": measured["recall_at_10"]}
     if options.merge:
@@ -211,6 +199,25 @@ def _index(options: BankOptions, job: Job, rows: list[int], workers: int) -> dic
             path.unlink()
         paths = [target]
     return made | {"index_files": [path.name for path in paths]}
+
+
+def make_shards(work: Path, rows: list[int], options: BankOptions, workers: int) -> tuple[str, list[Path]]:
+    """Train an index on the vectors below `work/folder` (`rows` of each part) and add them, shard by shard.
+
+    Gives the factory string and the shards.
+    """
+    folder, total = work / FOLDER, sum(rows)
+    factory = indexes.choose_index(total) if options.index == "auto" else options.index
+    empty = indexes.new_index(factory, _dim(folder, rows))
+    listed = indexes.inverted_lists(empty) is not None
+    if options.merge and not listed:
+        raise ConfigError(f"--merge needs an inverted file; the index is {factory}")
+    if listed and not (folder / "index" / "trained.faiss").is_file():
+        _train(folder, empty, Embeddings(folder, rows), options.seed)
+    shard_rows = options.shard_rows or indexes.shard_size(total)
+    count = -(-total // shard_rows)
+    run_units(AddShards(factory, tuple(rows), shard_rows, count), work, workers)
+    return factory, [folder / "index" / shard_name(number, count) for number in range(count)]
 
 
 def _train(folder: Path, index: Any, embeddings: Embeddings, seed: int) -> None:
@@ -267,12 +274,14 @@ def measure_recall(
 
 def exact_search(queries: np.ndarray, embeddings: Embeddings, doc_ids: np.ndarray, k: int) -> np.ndarray:
     """int64 [n, k]: the best documents by exact inner product, block by block."""
+    faiss = indexes.load_faiss()
+    queries = np.ascontiguousarray(queries, np.float32)
     best = np.full((len(queries), k), -np.inf, np.float32), np.full((len(queries), k), -1, np.int64)
     for start in range(0, len(embeddings), _AT_ONCE):
         rows = np.arange(start, min(start + _AT_ONCE, len(embeddings)))
-        scores = queries @ embeddings.documents(rows).T
-        near = np.argpartition(-scores, min(k, len(rows)) - 1, axis=1)[:, :k]
-        best = indexes.merge(best, (np.take_along_axis(scores, near, 1), doc_ids[rows[near]]), k)
+        vectors = embeddings.documents(rows)
+        scores, near = faiss.knn(queries, vectors, min(k, len(rows)), metric=faiss.METRIC_INNER_PRODUCT)
+        best = indexes.merge(best, (scores, doc_ids[rows[near]]), k)
     return best[1]
 
 

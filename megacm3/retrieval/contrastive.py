@@ -39,7 +39,7 @@ def fit(encoder: Encoder, images: np.ndarray, captions: list[str], training: Enc
     losses: list[float] = []
     batches = _batches(len(tokens), min(training.batch, len(tokens)), training.steps, generator)
     for rows in progress(batches, total=training.steps, unit="step", description="encoder"):
-        pixels = _jitter(torch.from_numpy(encoder.pixels(images[rows])), training.jitter, generator)
+        pixels = jitter(torch.from_numpy(encoder.pixels(images[rows])), training.jitter, generator)
         ids, mask = encoder.batch_tokens([_drop(tokens[row], training.token_dropout, generator) for row in rows])
         device = model.device
         image = model.get_image_features(pixel_values=pixels.to(device)).pooler_output
@@ -104,9 +104,11 @@ def _drop(row: list[int], share: float, generator: "torch.Generator") -> list[in
     return [token for token, keep in zip(row, kept.tolist(), strict=True) if keep] or row
 
 
-def _jitter(pixels: "torch.Tensor", amount: float, generator: "torch.Generator") -> "torch.Tensor":
-    # float32 [n, 3, s, s]: shift and zoom by up to `amount`, brightness and colour by up to `amount` of the range. What
-    # comes in at the border is the colour of the border.
+def jitter(pixels: "torch.Tensor", amount: float, generator: "torch.Generator") -> "torch.Tensor":
+    """float32 [n, 3, s, s]: shift and zoom by up to `amount`, brightness and colour by up to `amount` of the range.
+
+    What comes in at the border is the colour of the border.
+    """
     import torch
     from torch.nn.functional import affine_grid, grid_sample
 

@@ -126,14 +126,17 @@ class Encoder:
 
     def encode_images(self, images: Pictures, batch: int = 64) -> np.ndarray:
         """float32 [n, d], unit length."""
+        starts = range(0, len(images), batch)
+        blocks = [self.encode_pixels(self.pixels(images[start : start + batch])) for start in starts]
+        return np.concatenate(blocks) if blocks else np.zeros((0, self.dim), np.float32)
+
+    def encode_pixels(self, pixels: np.ndarray) -> np.ndarray:
+        """float32 [n, d], unit length, of pixels as the model wants them (float32 [n, 3, s, s]), in one batch."""
         import torch
 
-        blocks = []
-        for start in range(0, len(images), batch):
-            pixels = torch.from_numpy(self.pixels(images[start : start + batch])).to(self.model.device)
-            with torch.inference_mode():
-                blocks.append(_projected(self.model.get_image_features(pixel_values=pixels)))
-        return self._collect(blocks)
+        with torch.inference_mode():
+            given = torch.from_numpy(np.ascontiguousarray(pixels, np.float32)).to(self.model.device)
+            return self._collect([_projected(self.model.get_image_features(pixel_values=given))])
 
     def encode_texts(self, texts: Sequence[str], batch: int = 64) -> np.ndarray:
         """float32 [n, d], unit length."""

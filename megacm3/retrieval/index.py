@@ -26,6 +26,8 @@ MAX_TRAINING = 256
 """Training vectors a centroid that FAISS uses at most."""
 MIN_TRAINING = 39
 """Training vectors a centroid below which FAISS warns of poor clusters."""
+TRAINING = 64
+"""Training vectors a centroid: 4,096 lists of width 512 then train within half a gigabyte."""
 
 _ID_MAPS = (b"IxMp", b"IxM2")
 """First bytes of a faiss file that holds an id map."""
@@ -119,9 +121,15 @@ def inverted_lists(index: Any) -> Any:
 
 
 def training_rows(documents: int, index: Any) -> int:
-    """How many vectors to train `index` on: 100 a list, as autofaiss takes."""
+    """How many vectors to train `index` on, `TRAINING` a list."""
     ivf = inverted_lists(index)
-    return min(documents, 100 * ivf.nlist) if ivf is not None else 0
+    return min(documents, TRAINING * ivf.nlist) if ivf is not None else 0
+
+
+def shard_size(documents: int) -> int:
+    """Vectors of a shard: 262,144 for small banks, so that a few workers share a million, at most 64 shards up to a
+    billion and 16 million vectors a shard above: every shard holds a piece of every list, and a search reads each."""
+    return 1 << min(24, max(18, math.ceil(math.log2(max(1, documents / 64)))))
 
 
 def default_nprobe(lists: int) -> int:

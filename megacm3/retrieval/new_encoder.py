@@ -24,7 +24,9 @@ class EncoderTraining:
     image_size: int = 48
     patch_size: int = 8
     width: int = 128
-    """Hidden size of both towers and of the common space; 32 a head."""
+    """Hidden size of both towers; 32 a head."""
+    dim: int = 0
+    """Width of the common space; 0: `width`."""
     image_layers: int = 3
     text_layers: int = 2
     text_tokens: int = 32
@@ -51,6 +53,8 @@ class EncoderTraining:
             raise ConfigError(f"image size {self.image_size} is no multiple of the patch size {self.patch_size}")
         if self.width % 32 or self.width < 32:
             raise ConfigError(f"width {self.width} is no multiple of 32")
+        if self.dim < 0:
+            raise ConfigError(f"dim {self.dim}; expected 1 or more, or 0 for the width")
         if self.steps < 1 or self.batch < 2 or not 0 <= self.token_dropout < 1 or self.text_tokens < 3:
             raise ConfigError("expected steps >= 1, batch >= 2, text tokens >= 3 and 0 <= token dropout < 1")
 
@@ -93,7 +97,7 @@ def new_encoder(training: EncoderTraining, captions: Sequence[str]) -> Encoder:
         "hidden_size": training.width,
         "intermediate_size": 2 * training.width,
         "num_attention_heads": training.width // 32,
-        "projection_dim": training.width,
+        "projection_dim": training.dim or training.width,
     }
     marks = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     text = {"num_hidden_layers": training.text_layers, "max_position_embeddings": training.text_tokens}
@@ -101,7 +105,7 @@ def new_encoder(training: EncoderTraining, captions: Sequence[str]) -> Encoder:
     config = CLIPConfig(
         text_config=common | marks | text | {"vocab_size": len(tokenizer)},
         vision_config=common | image | {"patch_size": training.patch_size},
-        projection_dim=training.width,
+        projection_dim=training.dim or training.width,
         logit_scale_init_value=math.log(training.scale),
     )
     size = training.image_size
