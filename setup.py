@@ -50,6 +50,10 @@ setup(
             "lxml-html-clean>=0.4",
             "spacy>=3.8,<4",
         ],
+        # Other indexes of a memory bank: Milvus with its embedded Lite, Annoy, Pinecone's client.
+        "milvus": ["pymilvus>=3.0.2,<4", "milvus-lite>=3.2,<4"],
+        "annoy": ["annoy>=1.17.3,<2"],
+        "pinecone": ["pinecone>=10.2,<11"],
         "wandb": ["wandb>=0.23,<1"],
         "dev": [*TESTS, "ruff==0.17.6", "mypy==2.4.1", "codespell>=2.4,<3", "pre-commit>=4,<5"],
     },

@@ -21,7 +21,11 @@ def _parser() -> argparse.ArgumentParser:
         help="CLIP folder, or vectors in clip-retrieval's layout (img_emb, text_emb, metadata with key)",
     )
     add("--output", required=True, metavar="BANK", help="bank to make; unfinished work lies in BANK.work")
-    add("--index", default="auto", metavar="FACTORY", help="faiss factory string (default: chosen by size)")
+    add(
+        "--index", default="auto", metavar="FACTORY", help="faiss factory string, or a backend's own (default: by size)"
+    )
+    add("--backend", default="faiss", help="faiss, annoy, milvus or pinecone (default %(default)s)")
+    add("--server", default="", metavar="URL", help="of a Milvus server, or of an index in Pinecone")
     add("--shard-size", type=int, default=0, metavar="N", help="vectors an index shard (default: chosen by size)")
     add("--nprobe", type=int, default=0, help="lists searched (default: the fewest with a recall@10 of 0.95)")
     add("--merge", action="store_true", help="merge the shards into one index on disk")
@@ -46,6 +50,8 @@ def main(arguments: list[str] | None = None) -> int:
             output=given.output.rstrip("/"),
             inputs=tuple(given.input),
             index=given.index,
+            backend=given.backend,
+            server=given.server,
             shard_rows=given.shard_size,
             nprobe=given.nprobe,
             merge=given.merge,

@@ -24,8 +24,9 @@ import numpy as np
 
 from megacm3.errors import ConfigError, DataError
 from megacm3.files import Manifest, read_manifest
+from megacm3.retrieval.backends import open_index
 from megacm3.retrieval.encoder import Encoder, document_vectors
-from megacm3.retrieval.index import FaissShards, VectorIndex
+from megacm3.retrieval.index import VectorIndex
 
 if TYPE_CHECKING:
     import pyarrow
@@ -210,9 +211,8 @@ class MemoryBank:
         manifest = read_manifest(folder, KIND, verify=verify)
         settings = manifest.settings
         try:
-            rows, dim, nprobe = settings["rows"], settings["dim"], settings["nprobe"]
-            paths = [folder / "index" / name for name in settings["index_files"]]
-            index = FaissShards(paths, nprobe)
+            rows, dim = settings["rows"], settings["dim"]
+            index = open_index(folder, settings)
             if index.size != rows or index.dim != dim or sum(settings["parts"]) != rows:
                 raise DataError(
                     f"{folder}: the index holds {index.size} vectors of width {index.dim}, the parts "

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from megacm3.command import seed_from
 from megacm3.errors import DataError
 from megacm3.files import read_json, write_json
 from megacm3.retrieval import index as indexes
+from megacm3.retrieval.backends import FAISS
 from megacm3.retrieval.bank import Embeddings, MemoryBank
 from megacm3.retrieval.benchmark_data import BenchmarkData, make_vectors, parts_of, write_bank
 from megacm3.retrieval.build_bank import BankOptions, exact_search, make_shards, measure_recall, overlap
@@ -158,8 +160,10 @@ def _tune(work: Path, data: BenchmarkData, index: str) -> dict[str, Any]:
     paths = sorted((folder / "index").glob("shard-*.faiss"))
     measured: dict[str, Any] = {"nprobe": 0}
     if (folder / "index" / "trained.faiss").is_file():
-        measured = measure_recall(paths, _embeddings(work, data), np.arange(data.documents), _options(data, index))
-    settings = {"index": index, "shards": len(paths), "nprobe": measured["nprobe"], "recall": {}}
+        measured = measure_recall(
+            indexes.FaissShards(paths), _embeddings(work, data), np.arange(data.documents), _options(data, index)
+        )
+    settings = {"backend": FAISS, "index": index, "shards": len(paths), "nprobe": measured["nprobe"], "recall": {}}
     write_bank(folder, data, settings | {"index_files": [path.name for path in paths]})
     return measured
 
@@ -178,8 +182,8 @@ def _search(work: Path, data: BenchmarkData, index: str) -> dict[str, Any]:
         queries, truth = np.load(work / f"{kind}_queries.npy"), np.load(work / f"{kind}_truth.npy")
         times: dict[str, list[float]] = {"bank": [], "bare": []}
         for _ in range(_ROUNDS):
-            times["bank"].append(_timed(lambda q=queries: bank.search(q, K)))
-            times["bare"].append(_timed(lambda q=queries: bare.search(q, K)))
+            times["bank"].append(_timed(partial(bank.search, queries, K)))
+            times["bare"].append(_timed(partial(bare.search, queries, K)))
         rates = {name: len(queries) / float(np.median(seconds)) for name, seconds in times.items()}
         result[kind] = {
             "recall": overlap(bank.search(queries, K)[1], truth),
@@ -188,7 +192,7 @@ def _search(work: Path, data: BenchmarkData, index: str) -> dict[str, Any]:
             "rate_bare": rates["bare"],
         }
     one = np.load(work / "text_queries.npy")[:_SINGLE]
-    waits = [_timed(lambda q=one[n : n + 1]: bank.search(q, 2)) for n in range(len(one))]
+    waits = [_timed(partial(bank.search, one[n : n + 1], 2)) for n in range(len(one))]
     return result | {"latency_ms": {f"p{p}": float(np.percentile(waits, p)) * 1e3 for p in (50, 99)}}
 
 

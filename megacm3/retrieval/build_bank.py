@@ -15,7 +15,8 @@ import numpy as np
 from megacm3.command import seed_from
 from megacm3.data.store import Store
 from megacm3.errors import ConfigError, DataError
-from megacm3.files import Manifest, new_file, write_json
+from megacm3.files import Manifest, new_file, sha256_json, write_json
+from megacm3.retrieval import backends
 from megacm3.retrieval import index as indexes
 from megacm3.retrieval.bank import KIND, Embeddings, caption_hash, part_file
 from megacm3.retrieval.embed import EmbedParts
@@ -46,7 +47,11 @@ class BankOptions:
     inputs: tuple[str, ...] = ()
     """Paths and globs that the store was made from."""
     index: str = "auto"
-    """A factory string of faiss; auto: by the number of documents."""
+    """A factory string of faiss, or another backend's own word; auto: by the number of documents."""
+    backend: str = backends.FAISS
+    """faiss, annoy, milvus or pinecone (backends.py)."""
+    server: str = ""
+    """Address of a Milvus server or of a Pinecone index."""
     shard_rows: int = 0
     """Vectors of an index shard; 0: by the number of documents (`index.shard_size`)."""
     nprobe: int = 0
@@ -82,7 +87,7 @@ def build_bank(options: BankOptions) -> BankReport:
     store = Store.open(options.store)
     precomputed = options.encoder.removeprefix(PREFIX) if options.encoder.startswith(PREFIX) else ""
     fingerprint = Precomputed.open(precomputed).fingerprint if precomputed else encoder_fingerprint(options.encoder)
-    names = ("index", "shard_rows", "nprobe", "merge", "batch", "seed")
+    names = ("index", "backend", "server", "shard_rows", "nprobe", "merge", "batch", "seed")
     settings = {name: getattr(options, name) for name in names}
     inputs = {"store": store.fingerprint, "encoder": fingerprint}
     job = Job(Path(options.output), KIND, settings, inputs)
@@ -110,6 +115,7 @@ def _check(options: BankOptions) -> None:
         raise ConfigError("--batch must be at least 1, --shard-size and --nprobe at least 0")
     if not options.inputs and not options.encoder.startswith(PREFIX):
         raise ConfigError("--input is needed: the pictures and captions that the store was made from")
+    backends.check_backend(options.backend, options.server, options.merge)
 
 
 def _report(bank: Manifest, seconds: float) -> BankReport:
@@ -186,10 +192,19 @@ def _trained(folder: Path, factory: str, dim: int) -> Any:
 def _index(options: BankOptions, job: Job, rows: list[int], workers: int) -> dict[str, Any]:
     """Train, add, measure, merge; gives the settings that follow from it."""
     folder = job.folder
+    embeddings = Embeddings(folder, rows)
+    if options.backend != backends.FAISS:
+        return _other_index(options, job, embeddings)
     factory, paths = make_shards(job.work, rows, options, workers)
-    made: dict[str, Any] = {"index": factory, "shards": len(paths), "nprobe": 0, "recall": {}}
+    made: dict[str, Any] = {
+        "backend": backends.FAISS,
+        "index": factory,
+        "shards": len(paths),
+        "nprobe": 0,
+        "recall": {},
+    }
     if (folder / "index" / "trained.faiss").is_file():
-        measured = measure_recall(paths, Embeddings(folder, rows), np.load(folder / "doc_ids.npy"), options)
+        measured = measure_recall(indexes.FaissShards(paths), embeddings, np.load(folder / "doc_ids.npy"), options)
         write_json(folder / "eval" / "recall.json", measured)
         made |= {"nprobe": measured["nprobe"], "recall": measured["recall_at_10"]}
     if options.merge:
@@ -199,6 +214,23 @@ def _index(options: BankOptions, job: Job, rows: list[int], workers: int) -> dic
             path.unlink()
         paths = [target]
     return made | {"index_files": [path.name for path in paths]}
+
+
+def _other_index(options: BankOptions, job: Job, embeddings: Embeddings) -> dict[str, Any]:
+    # Put into the backend in one go, its recall measured as it is.
+    folder = job.folder
+    doc_ids = np.load(folder / "doc_ids.npy")
+    dim = int(embeddings.take("image", np.zeros(1, np.int64)).shape[1])
+    name = f"megacm3_{sha256_json({'inputs': job.inputs, 'settings': job.settings})[:16]}"
+    source = backends.Source(embeddings, doc_ids, dim, name, options.seed)
+    made = backends.build(options.backend, folder, source, options.index, options.server)
+    index = backends.open_index(folder, made | {"dim": dim})
+    try:
+        measured = measure_recall(index, embeddings, doc_ids, options)
+    finally:
+        backends.close(index)
+    write_json(folder / "eval" / "recall.json", measured)
+    return made | {"recall": measured["recall_at_10"]}
 
 
 def make_shards(work: Path, rows: list[int], options: BankOptions, workers: int) -> tuple[str, list[Path]]:
@@ -235,14 +267,13 @@ def _train(folder: Path, index: Any, embeddings: Embeddings, seed: int) -> None:
 
 
 def measure_recall(
-    paths: list[Path], embeddings: Embeddings, doc_ids: np.ndarray, options: BankOptions
+    index: indexes.VectorIndex, embeddings: Embeddings, doc_ids: np.ndarray, options: BankOptions
 ) -> dict[str, Any]:
     """recall@10 of image and of text queries (halves of documents drawn at random) against exact search, by nprobe.
 
-    The number of lists to search: the one given, or the fewest (in powers of two, at most a sixteenth of them) with
-    which both kinds of queries reach `TARGET_RECALL`.
+    The number of lists to search in FAISS's inverted files: the one given, or the fewest (in powers of two, at most a
+    sixteenth of them) with which both kinds of queries reach `TARGET_RECALL`.
     """
-    index = indexes.FaissShards(paths)
     count = int(min(_EVALUATED, len(embeddings), max(50, _EXACT_BUDGET / (len(embeddings) * index.dim))))
     rng = np.random.default_rng(seed_from(options.seed, "recall"))
     rows = np.sort(rng.choice(len(embeddings), count, replace=False))
@@ -250,26 +281,30 @@ def measure_recall(
     queries = {kind: embeddings.take(kind, rows) for kind in ("image", "text")}
     exact = exact_search(np.concatenate(list(queries.values())), embeddings, doc_ids, k)
     truth = {"image": exact[:count], "text": exact[count:]}
-    powers = [2**n for n in range(max(1, index.nlist // 16).bit_length())]
-    tried = [min(options.nprobe, index.nlist)] if options.nprobe else powers
     table = {}
-    for nprobe in tried:
-        index.nprobe = nprobe
+    for nprobe in _tried(index, options.nprobe):
+        if isinstance(index, indexes.FaissShards):
+            index.nprobe = nprobe
         found = {kind: overlap(index.search(queries[kind], k)[1], truth[kind]) for kind in queries}
         table[str(nprobe)] = found
         if min(found.values()) >= TARGET_RECALL:
             break
     if min(found.values()) < TARGET_RECALL:
         logger.warning(
-            "recall@%d is %.3f for image and %.3f for text queries with %d of %d lists searched; a finer --index or a "
-            "higher --nprobe raises it",
+            "recall@%d is %.3f for image and %.3f for text queries (nprobe %d); a finer --index or a higher --nprobe "
+            "raises it",
             k,
             found["image"],
             found["text"],
             nprobe,
-            index.nlist,
         )
     return {"queries": count, "k": k, "nprobe": nprobe, "recall_at_10": found, "by_nprobe": table}
+
+
+def _tried(index: indexes.VectorIndex, nprobe: int) -> list[int]:
+    if not isinstance(index, indexes.FaissShards):
+        return [0]
+    return [min(nprobe, index.nlist)] if nprobe else [2**n for n in range(max(1, index.nlist // 16).bit_length())]
 
 
 def exact_search(queries: np.ndarray, embeddings: Embeddings, doc_ids: np.ndarray, k: int) -> np.ndarray:

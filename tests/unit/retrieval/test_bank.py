@@ -121,7 +121,7 @@ def test_a_moved_bank_works_and_can_be_pickled(made, bank, copy, tmp_path):
 def test_interrupted_work_goes_on_to_the_same_bytes(made, tmp_path):
     options = made.bank_options(tmp_path / "bank")
     inputs = {"store": Store.open(made.store).fingerprint, "encoder": Encoder.load(made.encoder).fingerprint}
-    names = ("index", "shard_rows", "nprobe", "merge", "batch", "seed")
+    names = ("index", "backend", "server", "shard_rows", "nprobe", "merge", "batch", "seed")
     job = Job(tmp_path / "bank", "bank", {name: getattr(options, name) for name in names}, inputs)
     job.prepare()
     run_unit(EmbedParts(options.store, options.encoder, "", options.inputs, 3), job.work, 1)
@@ -253,7 +253,7 @@ def test_another_encoder_is_refused(made, bank, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"shard_rows": 0}, "--shard-size"),
+        ({"shard_rows": -1}, "--shard-size"),
         ({"inputs": ()}, "--input is needed"),
         ({"index": "HNSW32"}, "--index HNSW32"),
         ({"index": "IVF500,Flat"}, "cannot be trained on 50 vectors"),
