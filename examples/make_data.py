@@ -41,10 +41,10 @@ def read_samples(path: Path) -> dict[str, dict[str, bytes]]:
     return samples
 
 
-def wanted(sample: dict[str, bytes]) -> bool:
+def wanted(sample: dict[str, bytes], all_categories: bool) -> bool:
     """Whole categories, and of each figure only the one without a skin tone (the others repeat it in other colours)."""
     about = json.loads(sample["json"])
-    return about["category"] in CATEGORIES and not about["skin_tone"]
+    return (all_categories or about["category"] in CATEGORIES) and not about["skin_tone"]
 
 
 def small_picture(data: bytes) -> bytes:
@@ -76,15 +76,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--source", type=Path, required=True, help="webdataset tar with KEY.webp, KEY.txt and KEY.json")
     parser.add_argument("--output", type=Path, default=Path(__file__).resolve().parent / "data")
+    parser.add_argument("--all-categories", action="store_true", help="about 1,600 pairs instead of 500")
+    parser.add_argument("--held-out", type=float, default=HELD_OUT, metavar="SHARE", help="default %(default)s")
     arguments = parser.parse_args()
 
-    samples = {key: sample for key, sample in read_samples(arguments.source).items() if wanted(sample)}
+    found = read_samples(arguments.source)
+    samples = {key: sample for key, sample in found.items() if wanted(sample, arguments.all_categories)}
     if not samples:
         sys.exit(f"error: {arguments.source} has no sample of the categories {', '.join(CATEGORIES)}")
     # A keyed order, since the source's order is that of the code points and would put one category into one shard.
     order = sorted(samples, key=lambda key: fraction("order", key))
-    held_out = [key for key in order if fraction("heldout", key) < HELD_OUT]
-    training = [key for key in order if fraction("heldout", key) >= HELD_OUT]
+    held_out = [key for key in order if fraction("heldout", key) < arguments.held_out]
+    training = [key for key in order if fraction("heldout", key) >= arguments.held_out]
     half = (len(training) + 1) // 2
     arguments.output.mkdir(parents=True, exist_ok=True)
     for name, keys in (("train-00000", training[:half]), ("train-00001", training[half:]), ("heldout-00000", held_out)):
