@@ -190,6 +190,19 @@ class TrainConfig:
     seed: int = 0
     out: str = ""
     """Folder of the run."""
+    parameters: str = "all"
+    """What trains: all | image_rows (embedding and head of image ids) | norms | lora (see lora). The rest is frozen."""
+
+
+@dataclass
+class LoraConfig:
+    """Low-rank adapters, with train.parameters = lora."""
+
+    rank: int = 16
+    alpha: float = 32.0
+    """What the adapters add is multiplied by alpha / rank."""
+    matrices: list[str] = field(default_factory=lambda: ["q", "v"])
+    """Which matrices of each layer are adapted: any of q, k, v, o, gate, up, down."""
 
 
 @dataclass
@@ -206,6 +219,8 @@ class CheckpointConfig:
     """stop | continue: what a save that fails (no space, no right to write) does to the run; the last step's stops."""
     resume: str = "auto"
     """required | auto | never. auto continues from the newest valid step, and says so when there is none."""
+    init: str = ""
+    """Weights to begin with at step 0: a run, one of its steps, or a Hugging Face folder. Resuming goes before it."""
 
 
 @dataclass
@@ -233,6 +248,7 @@ class Config:
     retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
@@ -255,9 +271,13 @@ CHOICES = {
     "optimizer.schedule.kind": ("linear", "cosine", "exponential", "constant"),
     "train.dtype": ("fp32", "bf16"),
     "train.device": ("auto", "cpu", "cuda"),
+    "train.parameters": ("all", "image_rows", "norms", "lora"),
     "checkpoint.resume": ("required", "auto", "never"),
     "checkpoint.on_failure": ("stop", "continue"),
 }
+
+MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
+"""Of a layer, as lora.matrices names them."""
 
 
 def total_steps(config: Config) -> int:

@@ -3,7 +3,7 @@
 import difflib
 from typing import Any
 
-from megacm3.config import CHOICES, Config
+from megacm3.config import CHOICES, MATRICES, Config
 from megacm3.errors import ConfigError
 
 
@@ -23,6 +23,7 @@ def check(config: Config) -> None:
             raise ConfigError(f"{key} = '{_get(config, key)}'; expected one of {', '.join(choices)}{hint}")
     _check_model(config)
     _check_rest(config)
+    _check_trained(config)
 
 
 def _nearest(value: int, multiple: int) -> str:
@@ -97,3 +98,28 @@ def _check_rest(config: Config) -> None:
         raise ConfigError("data.position_reset = true needs data.document_mask = true")
     if len(config.optimizer.betas) != 2:
         raise ConfigError(f"optimizer.betas = {config.optimizer.betas}; expected two numbers")
+
+
+def _check_trained(config: Config) -> None:
+    model, choice = config.model, config.train.parameters
+    if choice == "norms" and model.norm == "layernorm" and model.qk_norm == "none":
+        raise ConfigError(
+            "train.parameters = norms, but model.norm = layernorm with model.qk_norm = none has no parameters; "
+            "choose all, image_rows or lora"
+        )
+    if choice == "image_rows" and config.parallel.pipeline > 2:
+        raise ConfigError(
+            f"train.parameters = image_rows leaves the middle of parallel.pipeline = {config.parallel.pipeline} stages "
+            "nothing to train; at most parallel.pipeline=2"
+        )
+    if choice != "lora":
+        return
+    if config.lora.rank < 1:
+        raise ConfigError(f"lora.rank = {config.lora.rank}; expected at least 1")
+    known = [kind for kind in MATRICES if kind != "gate" or model.activation == "swiglu"]
+    wrong = [kind for kind in config.lora.matrices if kind not in known]
+    if wrong or not config.lora.matrices:
+        found = f"'{wrong[0]}'" if wrong else "none"
+        raise ConfigError(f"lora.matrices names {found}; expected some of {', '.join(known)}")
+    if len(set(config.lora.matrices)) < len(config.lora.matrices):
+        raise ConfigError(f"lora.matrices = {config.lora.matrices} names a matrix twice")

@@ -1,5 +1,6 @@
 """What a checkpoint is made of, and what its manifest says of it."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,8 +26,11 @@ class Piece:
     """Of the box's shape; a view of the engine's memory."""
 
 
-def index_of(pieces: list[Piece], step: int) -> dict[str, Any]:
-    """What a rank's file holds: kinds with dtypes, tensors with shapes, boxes by kind and tensor."""
+def index_of(pieces: list[Piece], step: int, trained: dict[str, list[str]] | None = None) -> dict[str, Any]:
+    """What a rank's file holds: kinds with dtypes, tensors with shapes, boxes by kind and tensor.
+
+    trained: boxes by tensor of the parameters that the rank trains; None = all that it holds.
+    """
     boxes: dict[str, dict[str, list[str]]] = {}
     for piece in pieces:
         boxes.setdefault(piece.kind, {}).setdefault(piece.name, []).append(str(piece.box))
@@ -35,7 +39,24 @@ def index_of(pieces: list[Piece], step: int) -> dict[str, Any]:
         "kinds": {piece.kind: CODES[piece.tensor.dtype] for piece in pieces},
         "tensors": {piece.name: list(piece.global_shape) for piece in pieces},
         "boxes": boxes,
+        "trained": trained,
     }
+
+
+def trained_numel(trained: dict[str, list[str]] | None, name: str, shape: tuple[int, ...]) -> int:
+    """Elements of a tensor that train, and have masters and moments."""
+    if trained is None:
+        return whole(shape).numel
+    return sum(Box.parse(text).numel for text in trained.get(name, ()))
+
+
+def joined_boxes(ranks: Iterable[dict[str, list[str]]]) -> dict[str, list[str]]:
+    """The boxes by tensor of all ranks, those of copies once."""
+    found: dict[str, set[str]] = {}
+    for boxes in ranks:
+        for name, texts in boxes.items():
+            found.setdefault(name, set()).update(texts)
+    return {name: sorted(texts) for name, texts in sorted(found.items())}
 
 
 def manifest_settings(
@@ -47,9 +68,10 @@ def manifest_settings(
     state: dict[str, Any],
     parts: list[dict[str, Any]],
 ) -> dict[str, Any]:
-    """The `settings` of a checkpoint's manifest. parts: {"file", "kinds", "tensors", "boxes"} of each file.
+    """The `settings` of a checkpoint's manifest. parts: {"file", "kinds", "tensors", "boxes", "trained"} of each file.
 
-    Raises CheckpointError when the files together do not cover every tensor, of every kind, exactly once.
+    Raises CheckpointError when the files together do not cover every tensor exactly once: parameters wholly, other
+    kinds where they train.
     """
     kinds = {kind: code for part in parts for kind, code in part["kinds"].items()}
     tensors = {name: shape for part in parts for name, shape in part["tensors"].items()}
@@ -58,8 +80,10 @@ def manifest_settings(
         for kind, names in part["boxes"].items():
             for name, boxes in names.items():
                 found[kind, name] += sum(Box.parse(text).numel for text in boxes)
+    given = [part["trained"] for part in parts if part["trained"] is not None]
+    trained = joined_boxes(given) if given else None
     for (kind, name), count in found.items():
-        if count != whole(tuple(tensors[name])).numel:
+        if count != trained_numel(None if kind == PARAM else trained, name, tuple(tensors[name])):
             raise CheckpointError(f"{kind} of {name}: {count} elements were written; expected a tensor {tensors[name]}")
     return {
         "step": step,
@@ -70,4 +94,4 @@ def manifest_settings(
         "boxes": {part["file"]: part["boxes"] for part in parts},
         "config": config,
         "state": state,
-    }
+    } | ({"trained": trained} if trained is not None else {})

@@ -1,5 +1,6 @@
 """A committed checkpoint step, read box by box."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -8,7 +9,8 @@ from typing import Any
 
 import torch
 
-from megacm3.checkpoint.boxes import Box, whole
+from megacm3.checkpoint.boxes import Box
+from megacm3.checkpoint.pieces import MASTER, PARAM, trained_numel
 from megacm3.checkpoint.tensors import DTYPES, OpenFiles
 from megacm3.errors import CheckpointError
 from megacm3.files import Manifest, read_manifest
@@ -21,7 +23,33 @@ def key_of(kind: str, name: str, box: Box) -> str:
     return f"{kind}/{name}[{box}]"
 
 
-class Checkpoint:
+class Weights(ABC):
+    """Logical tensors that can be read box by box: a checkpoint's, or those of a folder in another form."""
+
+    folder: Path
+    kinds: dict[str, torch.dtype]
+    shapes: dict[str, tuple[int, ...]]
+    optimizer_step: int = 0
+
+    @abstractmethod
+    def read(self, kind: str, name: str, box: Box, out: torch.Tensor) -> None:
+        """Copy a box into `out` (of the box's shape, any device; cast to its dtype). Raises CheckpointError."""
+
+    def check_tensors(self, wanted: dict[str, tuple[int, ...]]) -> None:
+        """Raise CheckpointError naming tensors that are missing, extra or of another shape."""
+        missing, extra = sorted(wanted.keys() - self.shapes.keys()), sorted(self.shapes.keys() - wanted.keys())
+        if missing or extra:
+            told = [f"lacks {', '.join(missing[:4])}"] if missing else []
+            told += [f"has besides {', '.join(extra[:4])}"] if extra else []
+            raise CheckpointError(f"{self.folder} does not fit the model of this config: it {' and '.join(told)}")
+        for name, shape in wanted.items():
+            if self.shapes[name] != shape:
+                raise CheckpointError(
+                    f"{self.folder}: {name} has shape {self.shapes[name]}; the config expects {shape}"
+                )
+
+
+class Checkpoint(Weights):
     """What a step's folder holds. Raises CheckpointError when it is not whole.
 
     verify: "size" or "sha256", as in `files.read_manifest`.
@@ -39,6 +67,7 @@ class Checkpoint:
             self.layout: dict[str, Any] = settings["layout"]
             self.kinds = {kind: DTYPES[code] for kind, code in settings["kinds"].items()}
             self.shapes = {name: tuple(shape) for name, shape in settings["tensors"].items()}
+            self.trained: dict[str, list[str]] | None = settings.get("trained")
             self._places = self._index(settings["boxes"])
         except (KeyError, TypeError, ValueError, AttributeError) as fault:
             raise CheckpointError(f"{self.folder}: its manifest lacks or garbles a field ({fault!r})") from fault
@@ -67,17 +96,8 @@ class Checkpoint:
         return self._places.get((kind, name), [])
 
     def check_tensors(self, wanted: dict[str, tuple[int, ...]]) -> None:
-        """Raise CheckpointError naming tensors that are missing, extra, of another shape, or not wholly covered."""
-        missing, extra = sorted(wanted.keys() - self.shapes.keys()), sorted(self.shapes.keys() - wanted.keys())
-        if missing or extra:
-            told = [f"lacks {', '.join(missing[:4])}"] if missing else []
-            told += [f"has besides {', '.join(extra[:4])}"] if extra else []
-            raise CheckpointError(f"{self.folder} does not fit the model of this config: it {' and '.join(told)}")
-        for name, shape in wanted.items():
-            if self.shapes[name] != shape:
-                raise CheckpointError(
-                    f"{self.folder}: {name} has shape {self.shapes[name]}; the config expects {shape}"
-                )
+        """As in `Weights`, and for tensors that are not wholly covered."""
+        super().check_tensors(wanted)
         self.check_coverage()
 
     def check_coverage(self) -> None:
@@ -85,8 +105,8 @@ class Checkpoint:
         for kind in self.kinds:
             for name, shape in self.shapes.items():
                 found = sum(box.numel for box, _ in self.boxes(kind, name))
-                if found != whole(shape).numel:
-                    expected = whole(shape).numel
+                expected = trained_numel(None if kind == PARAM else self.trained, name, shape)
+                if found != expected:
                     raise CheckpointError(
                         f"{self.folder}: {kind} of {name} has {found} elements in its boxes; expected {expected}"
                     )
@@ -94,8 +114,20 @@ class Checkpoint:
     def read(self, kind: str, name: str, box: Box, out: torch.Tensor) -> None:
         """Copy a box into `out` (of the box's shape, any device; cast to its dtype).
 
-        Raises CheckpointError naming the tensor when the checkpoint does not cover the box or a file is damaged.
+        Masters exist of what trained: the rest of a box is its parameters. Raises CheckpointError naming the tensor
+        when the checkpoint does not cover the box or a file is damaged.
         """
+        if kind == MASTER and self.trained is not None:
+            self.read(PARAM, name, box, out)
+            self._copy(kind, name, box, out)
+            return
+        copied = self._copy(kind, name, box, out)
+        if copied != box.numel:
+            raise CheckpointError(
+                f"{self.folder}: {kind} of {name} lacks part of [{box}]: {copied} of {box.numel} elements"
+            )
+
+    def _copy(self, kind: str, name: str, box: Box, out: torch.Tensor) -> int:
         copied = 0
         for held, file in self.boxes(kind, name):
             shared = box.intersection(held)
@@ -104,7 +136,4 @@ class Checkpoint:
             values = self._files.slice(file, key_of(kind, name, held), shared.within(held))
             out[shared.within(box)].copy_(values)
             copied += shared.numel
-        if copied != box.numel:
-            raise CheckpointError(
-                f"{self.folder}: {kind} of {name} lacks part of [{box}]: {copied} of {box.numel} elements"
-            )
+        return copied

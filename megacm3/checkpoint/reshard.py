@@ -13,7 +13,7 @@ import torch
 
 from megacm3.checkpoint.boxes import Box, row_width, whole
 from megacm3.checkpoint.commit import discover
-from megacm3.checkpoint.pieces import Piece, index_of, manifest_settings
+from megacm3.checkpoint.pieces import PARAM, Piece, index_of, manifest_settings
 from megacm3.checkpoint.reader import KIND, Checkpoint, key_of
 from megacm3.checkpoint.tensors import CHUNK, Entry, in_file_order, write_tensors
 from megacm3.config import Config
@@ -56,9 +56,10 @@ def config_of(tree: dict[str, Any], tensor: int, pipeline: int) -> Config:
 
 def split_axis(name: str) -> int | None:
     """Along which dimension tensor ranks cut a logical tensor; None = the first one holds it whole."""
-    if name.endswith((".attn.o.weight", ".mlp.down.weight")):
+    if name.endswith(tuple(f".{kind}.{end}" for kind in ("attn.o", "mlp.down") for end in ("weight", "lora_a"))):
         return 1
-    cut = (".attn.q.weight", ".attn.k.weight", ".attn.v.weight", ".mlp.gate.weight", ".mlp.up.weight")
+    kinds = ("attn.q", "attn.k", "attn.v", "mlp.gate", "mlp.up")
+    cut = tuple(f".{kind}.{end}" for kind in kinds for end in ("weight", "lora_b"))
     return 0 if name.endswith(cut) or name in ("embed.weight", "head.weight") else None
 
 
@@ -86,6 +87,11 @@ def plan(shapes: dict[str, tuple[int, ...]], layers: int, tensor: int, pipeline:
     return ranks
 
 
+def _shared(box: Box, others: list[str]) -> list[Box]:
+    found = (box.intersection(Box.parse(text)) for text in others)
+    return [shared for shared in found if shared is not None]
+
+
 def row_chunks(box: Box, dtype: torch.dtype) -> Iterator[Box]:
     """A box in slices of whole rows of at most about `CHUNK` bytes."""
     rows = max(1, CHUNK // (row_width(box.shape) * dtype.itemsize))
@@ -105,14 +111,16 @@ def write_checkpoint(
     optimizer_step: int,
     state: dict[str, Any],
     inputs: dict[str, str],
+    trained: dict[str, list[str]] | None = None,
     extra: Callable[[Path], dict[str, dict[str, Any]]] = lambda folder: {},
     gate: Callable[[Path], object] = lambda folder: None,
     done: Callable[[int], None] = lambda count: None,
 ) -> Path:
     """Write a step's folder at the layout of `config`, whole or not at all. Raises DataError when it exists already.
 
-    extra: writes further files into the folder and returns their manifest entries. gate: sees the finished folder under
-    a temporary name, and may refuse it by raising. done: told of bytes written.
+    trained: boxes by tensor that masters and moments exist of; None = all. extra: writes further files into the folder
+    and returns their manifest entries. gate: sees the finished folder under a temporary name, and may refuse it by
+    raising. done: told of bytes written.
     """
     tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
     with new_folder(output) as temporary:
@@ -121,12 +129,13 @@ def write_checkpoint(
             name = f"rank_{rank:05d}.safetensors"
             # Empty tensors carry shape and dtype only; values are read as they are written.
             pieces = [
-                Piece(kind, tensor_name, shapes[tensor_name], box, torch.empty(box.shape, dtype=dtype, device="meta"))
+                Piece(kind, tensor_name, shapes[tensor_name], held, torch.empty(held.shape, dtype=dtype, device="meta"))
                 for kind, dtype in kinds.items()
                 for tensor_name, box in boxes
+                for held in ([box] if kind == PARAM or trained is None else _shared(box, trained.get(tensor_name, [])))
             ]
             files[name] = _write_file(temporary / name, pieces, step, read, done)
-            parts.append({"file": name, **index_of(pieces, optimizer_step)})
+            parts.append({"file": name, **index_of(pieces, optimizer_step, trained)})
         layout = {"world": tensor * pipeline, "tensor": tensor, "data": 1, "pipeline": pipeline, "zero": 0}
         settings = manifest_settings(
             step=step,
@@ -181,6 +190,7 @@ def reshard(
             optimizer_step=source.optimizer_step,
             state=source.state,
             inputs={"checkpoint": source.manifest.fingerprint},
+            trained=source.trained,
             gate=lambda folder: verdict(),
             done=done,
         )

@@ -5,15 +5,15 @@ address in `_hp_mapping`; 3: an equal slice of every flattened parameter). `_slo
 flat range of a local parameter, and the tensor that holds it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from megacm3.checkpoint.boxes import boxes_of_range, row_width
+from megacm3.checkpoint.boxes import Box, boxes_of_range, row_width
 from megacm3.checkpoint.pieces import MASTER, PARAM, Piece
-from megacm3.checkpoint.reader import Checkpoint
+from megacm3.checkpoint.reader import Weights
 from megacm3.errors import CheckpointError, ConfigError
 from megacm3.parallel.context import ParallelContext
 from megacm3.parallel.engine import Engine
@@ -61,6 +61,10 @@ def _shape(parameter: torch.nn.Parameter) -> tuple[int, ...]:
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
+def _trained(engine: Engine) -> list[torch.nn.Parameter]:
+    return [p for p in engine.module.parameters() if p.requires_grad]
+
+
 def base_optimizer(engine: Engine) -> Any:
     """The torch optimizer inside DeepSpeed's."""
     return getattr(engine.optimizer, "optimizer", engine.optimizer)
@@ -72,7 +76,7 @@ def _whole_slots(engine: Engine) -> list[_Slot]:
     for low, high in zip(getattr(wrapper, "fp16_groups", ()), getattr(wrapper, "fp32_groups", ()), strict=True):
         masters |= {id(p): master for p, master in zip(low, high, strict=True)}
     slots = []
-    for p in engine.module.parameters():
+    for p in _trained(engine):
         master = masters.get(id(p))
         flat = None if master is None else master.data.view(-1)
         slots.append(_Slot(p, 0, p.data.view(-1), flat, p if master is None else master, 0))
@@ -84,7 +88,7 @@ def _flat_group_slots(engine: Engine) -> list[_Slot]:
         if list(indices) != sorted(indices):
             raise ConfigError("zero_optimization.round_robin_gradients = true cannot be saved; set it to false")
     groups, slots = base_optimizer(engine).param_groups, []
-    for p in engine.module.parameters():
+    for p in _trained(engine):
         mapping = p._hp_mapping  # type: ignore[attr-defined]
         if mapping is None:
             continue
@@ -95,16 +99,22 @@ def _flat_group_slots(engine: Engine) -> list[_Slot]:
     return slots
 
 
+def _partition(parameter: torch.nn.Parameter, context: ParallelContext) -> tuple[int, int]:
+    """(first element, elements) of this rank's share of a ZeRO-3 parameter."""
+    share = parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
+    start = share * context.data_rank
+    return start, min(share, parameter.ds_numel - start)  # type: ignore[attr-defined]
+
+
 def _partition_slots(engine: Engine) -> list[_Slot]:
     wrapper, slots = engine.optimizer, []
     if getattr(wrapper, "swap_optimizer", False) or getattr(wrapper, "params_in_nvme_and_cpu", False):
         raise ConfigError("a checkpoint cannot hold what ZeRO-3 offloads to nvme; offload to cpu in the DeepSpeed JSON")
-    for p in engine.module.parameters():
-        local = p.ds_tensor  # type: ignore[attr-defined]
-        start = local.ds_numel * engine.context.data_rank
-        size = min(local.ds_numel, p.ds_numel - start)  # type: ignore[attr-defined]
+    for p in _trained(engine):
+        start, size = _partition(p, engine.context)
         if size <= 0:  # all of this rank's share is padding
             continue
+        local = p.ds_tensor  # type: ignore[attr-defined]
         group, at, _ = wrapper.grad_position[wrapper.get_param_id(p)]
         flat = wrapper.fp32_partitioned_groups_flat[group]
         slots.append(_Slot(p, start, local.data[:size], flat.data[at : at + size], flat, at))
@@ -149,9 +159,30 @@ def _views(engine: Engine, *, saving: bool) -> Iterator[View]:
             if state.get(name) is not None:
                 moment = state[name].view(-1)[slot.at : slot.at + slot.own.numel()]
                 yield View(name, parts, width, slot.start, moment, saved)
-    if not saving and engine.zero_stage < 3:
-        for p in engine.module.parameters():
+    for p in engine.module.parameters():
+        if not p.requires_grad and (saving or engine.zero_stage == 3):
+            yield from _frozen(p, engine)
+        elif not saving and engine.zero_stage < 3:
             yield View(PARAM, parts_of(p), row_width(_shape(p)), 0, p.data.view(-1), False)
+
+
+def _frozen(p: torch.nn.Parameter, engine: Engine) -> Iterator[View]:
+    """A parameter that no optimizer knows."""
+    context, first, start, values = engine.context, _is_first_copy(p, engine.context), 0, p.data
+    saved = first and context.data_rank == 0
+    if engine.zero_stage == 3:
+        start, size = _partition(p, context)
+        saved, values = first and size > 0, p.ds_tensor.data[: max(0, size)]  # type: ignore[attr-defined]
+    yield View(PARAM, parts_of(p), row_width(_shape(p)), start, values.view(-1), saved)
+
+
+def trained_boxes(engine: Engine) -> dict[str, list[str]]:
+    """Logical name -> the boxes of it that train on this rank; those that frozen parameters hold are left out."""
+    found: dict[str, list[str]] = {}
+    for p in _trained(engine):
+        for part in parts_of(p):
+            found.setdefault(part.name, []).append(str(Box(part.offset, part.shape)))
+    return found
 
 
 def collect(engine: Engine) -> list[Piece]:
@@ -204,11 +235,12 @@ def expected_tensors(engine: Engine) -> dict[str, tuple[int, ...]]:
 
 
 @torch.no_grad()
-def fill(engine: Engine, checkpoint: Checkpoint, *, optimizer: bool = True) -> None:
+def fill(engine: Engine, checkpoint: Weights, *, optimizer: bool = True, new: Collection[str] = ()) -> None:
     """Fill the engine from a checkpoint, each rank reading only its own boxes. Not collective; `settle` must follow.
 
     Masters come from the checkpoint's masters, else from its parameters; fp32 parameters from its masters where it has
-    them. With optimizer=False the moments start at zero. Raises CheckpointError for a tensor that is not covered.
+    them. With optimizer=False the moments start at zero. new: tensors that keep their initial values. Raises
+    CheckpointError for a tensor that is not covered.
     """
     step = checkpoint.optimizer_step if optimizer else 0
     missing = [name for name in moment_names(engine) if name not in checkpoint.kinds]
@@ -222,6 +254,8 @@ def fill(engine: Engine, checkpoint: Checkpoint, *, optimizer: bool = True) -> N
     _set_optimizer_step(engine, step)
     for view in _views(engine, saving=False):
         for piece in view.pieces():
+            if piece.name in new:
+                continue
             checkpoint.read(_source(view, checkpoint.kinds), piece.name, piece.box, piece.tensor)
 
 

@@ -11,9 +11,10 @@ import torch
 import torch.distributed as dist
 
 from megacm3.checkpoint.commit import abandon, begin, commit, remove_retired, temporary_folder
-from megacm3.checkpoint.pieces import Piece, index_of, manifest_settings
-from megacm3.checkpoint.reader import Checkpoint, key_of
-from megacm3.checkpoint.state import collect, expected_tensors, fill, optimizer_step, settle
+from megacm3.checkpoint.merged import is_adapter
+from megacm3.checkpoint.pieces import Piece, index_of, joined_boxes, manifest_settings, trained_numel
+from megacm3.checkpoint.reader import Checkpoint, Weights, key_of
+from megacm3.checkpoint.state import collect, expected_tensors, fill, optimizer_step, settle, trained_boxes
 from megacm3.checkpoint.tensors import Entry, file_bytes, in_file_order, write_tensors
 from megacm3.errors import CheckpointError, Megacm3Error
 from megacm3.faults import strike
@@ -43,21 +44,58 @@ def load(engine: Engine, context: ParallelContext, step_folder: Path, *, optimiz
     CheckpointError, the same on every rank, naming the damaged file or the tensors that do not fit.
     """
     step_folder = Path(_everywhere(context, str(step_folder))[0])
-    checkpoint, problem = _attempt(lambda: _checked(step_folder, context))
+    checkpoint, problem = _attempt(lambda: _checked(Checkpoint(step_folder), context))
     _agree(context, problem)
+    if optimizer:
+        boxes = joined_boxes(_everywhere(context, trained_boxes(engine)))
+        _, problem = _attempt(lambda: _check_trained(checkpoint, boxes, engine))
+        _agree(context, problem)
+    _fill(engine, context, checkpoint, optimizer=optimizer)
+    state: dict[str, Any] = checkpoint.state
+    return state
+
+
+def load_weights(engine: Engine, context: ParallelContext, opened: Callable[[], Weights]) -> Weights:
+    """Fill the engine's weights from what `opened` gives on each rank; adapters keep their initial values. Collective.
+
+    Raises CheckpointError, the same on every rank, for what cannot be opened, is damaged or does not fit.
+    """
+
+    def sound() -> Weights:
+        weights = opened()
+        return _checked(weights, context) if isinstance(weights, Checkpoint) else weights
+
+    weights, problem = _attempt(sound)
+    _agree(context, problem)
+    _fill(engine, context, weights, optimizer=False)
+    return weights
+
+
+def _fill(engine: Engine, context: ParallelContext, weights: Weights, *, optimizer: bool) -> None:
     held = _everywhere(context, expected_tensors(engine))
     wanted = {name: shape for tensors in held for name, shape in tensors.items()}
-    _, problem = _attempt(lambda: checkpoint.check_tensors(wanted))
+    new = set() if optimizer else {name for name in wanted if is_adapter(name) and name not in weights.shapes}
+    _, problem = _attempt(lambda: weights.check_tensors({n: shape for n, shape in wanted.items() if n not in new}))
     if problem is None:
-        _, problem = _attempt(lambda: fill(engine, checkpoint, optimizer=optimizer))
+        _, problem = _attempt(lambda: fill(engine, weights, optimizer=optimizer, new=new))
     _agree(context, problem)
     settle(engine)
-    return checkpoint.state
 
 
-def _checked(folder: Path, context: ParallelContext) -> Checkpoint:
-    checkpoint = Checkpoint(folder)
-    names = sorted(checkpoint.manifest.files)
+def _check_trained(checkpoint: Checkpoint, trained: dict[str, list[str]], engine: Engine) -> None:
+    """Raise CheckpointError when other parameters trained than those that train now: their moments would be missing."""
+    for name, shape in checkpoint.shapes.items():
+        if trained_numel(checkpoint.trained, name, shape) != trained_numel(trained, name, shape):
+            then = checkpoint.config.get("train", {}).get("parameters", "all")
+            raise CheckpointError(
+                f"{checkpoint.folder} was made with train.parameters = {then}, and {name} trained otherwise than with "
+                f"{engine.config.train.parameters} now; set it back, or begin a new train.out with checkpoint.init"
+            )
+
+
+def _checked(checkpoint: Checkpoint, context: ParallelContext) -> Checkpoint:
+    """The checkpoint, once every file's hash is right; each rank takes its share of the files."""
+    folder, names = checkpoint.folder, sorted(checkpoint.manifest.files)
     for name in names[context.rank :: context.world]:
         found, wanted = sha256_file(folder / name), checkpoint.manifest.files[name]["sha256"]
         if found != wanted:
@@ -117,7 +155,9 @@ class Saver:
         pieces, problem = _attempt(lambda: collect(self._engine))
         _agree(self._context, problem)
         self._step, self._state = step, state
-        self._index = index_of(pieces, optimizer_step(self._engine))
+        partial = self._engine.config.train.parameters != "all"
+        trained = trained_boxes(self._engine) if partial else None
+        self._index = index_of(pieces, optimizer_step(self._engine), trained)
         needed = sum(_everywhere(self._context, file_bytes(_entries(pieces), self._metadata)))
         if self._context.rank == 0:
             _, problem = _attempt(lambda: begin(self._folder, step, needed))

@@ -12,6 +12,7 @@ import torch
 
 from megacm3.checkpoint.boxes import Box, whole
 from megacm3.checkpoint.pieces import PARAM
+from megacm3.checkpoint.reader import Weights
 from megacm3.checkpoint.reshard import config_of, row_chunks, write_checkpoint
 from megacm3.checkpoint.tensors import CODES, Entry, in_file_order, write_tensors
 from megacm3.config import Config, ModelConfig
@@ -51,6 +52,30 @@ def opened(
         yield MetaFolder(folder, Path(scratch), trust_pickle=trust_pickle)
 
 
+class HfWeights(Weights):
+    """The tensors of a folder as logical ones. Raises CheckpointError for what is missing or does not fit."""
+
+    def __init__(self, source: Source) -> None:
+        self.source, self.folder = source, source.folder
+        self.kind, fields = from_hf_config(source.config, str(source.folder / "config.json"))
+        fields |= {"qk_norm_groups": _groups(source, self.kind, ModelConfig(**fields))}
+        self.model = ModelConfig(**fields)
+        self.table = names(self.kind, self.model)
+        source.check(self.table, KEPT if self.kind == "chameleon" else ())
+        self.kinds = {PARAM: _one_dtype(source, self.table)}
+        self.shapes = {name.logical: name.shape for name in self.table}
+        self._by_logical = {name.logical: name for name in self.table}
+
+    @property
+    def vocabulary(self) -> dict[str, Any]:
+        """{"vocabulary": its table of ids}, {} where the folder has none."""
+        return _vocabulary(self.source)
+
+    def read(self, kind: str, name: str, box: Box, out: torch.Tensor) -> None:
+        """As in `Weights`."""
+        _read_logical(self.source, self._by_logical[name], box, out)
+
+
 def from_hf(
     source: Source,
     output: str | Path,
@@ -63,30 +88,21 @@ def from_hf(
 
     gate: sees the finished folder under a temporary name, and may refuse it by raising.
     """
-    kind, fields = from_hf_config(source.config, str(source.folder / "config.json"))
-    fields |= {"qk_norm_groups": _groups(source, kind, ModelConfig(**fields))}
-    shape = ModelConfig(**fields)
-    table = names(kind, shape)
-    source.check(table, KEPT if kind == "chameleon" else ())
-    dtype = _one_dtype(source, table)
-    tree = dataclasses.asdict(Config(model=shape)) | {"train": {"steps": 1, "dtype": _train_dtype(dtype)}}
-    by_logical = {name.logical: name for name in table}
-
-    def read(_: str, logical: str, box: Box, out: torch.Tensor) -> None:
-        _read_logical(source, by_logical[logical], box, out)
-
-    state = {"step": 0, "hf": {"kind": kind, "config": source.config}} | _vocabulary(source)
+    weights = HfWeights(source)
+    dtype = weights.kinds[PARAM]
+    tree = dataclasses.asdict(Config(model=weights.model)) | {"train": {"steps": 1, "dtype": _train_dtype(dtype)}}
+    state = {"step": 0, "hf": {"kind": weights.kind, "config": source.config}} | weights.vocabulary
     return write_checkpoint(
         output,
-        kinds={PARAM: dtype},
-        shapes={name.logical: name.shape for name in table},
-        read=read,
+        kinds=weights.kinds,
+        shapes=weights.shapes,
+        read=weights.read,
         config=config_of(tree, tensor, pipeline),
         step=0,
         optimizer_step=0,
         state=state,
         inputs={},
-        extra=lambda folder: _write_extras(folder / EXTRAS, source, table),
+        extra=lambda folder: _write_extras(folder / EXTRAS, source, weights.table),
         gate=gate,
         done=done,
     )

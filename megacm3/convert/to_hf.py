@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from megacm3.checkpoint.merged import open_merged
 from megacm3.checkpoint.pieces import MASTER, PARAM
 from megacm3.checkpoint.reader import Checkpoint
 from megacm3.checkpoint.reshard import config_of, find_step
@@ -48,7 +49,7 @@ class Export:
     @staticmethod
     def of(checkpoint: str | Path, dtype: str = "", tokenizers: dict[str, str] | None = None) -> "Export":
         """Open and check everything but hashes. Raises CheckpointError, ConfigError or DataError."""
-        source = Checkpoint(find_step(checkpoint))
+        source = open_merged(find_step(checkpoint))
         config = config_of(source.config, 1, 1)
         kind = export_kind(config.model)
         table = names(kind, config.model)

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from megacm3.checkpoint.boxes import Box
+from megacm3.checkpoint.merged import Merged
 from megacm3.checkpoint.pieces import PARAM
 from megacm3.checkpoint.reader import Checkpoint
 from megacm3.config import Config
@@ -108,7 +109,11 @@ def trainer_logits(
     from megacm3.parallel.context import build_context
     from megacm3.parallel.parts import named_parts
 
-    plain = dataclasses.replace(config.train, dtype="fp32", device="cpu")
+    # Adapters run as such, unless they were merged before rounding.
+    apart = isinstance(checkpoint, Merged) and dtype == torch.float32
+    checkpoint = Checkpoint(checkpoint.folder) if apart else checkpoint
+    trained = "lora" if apart else "all"
+    plain = dataclasses.replace(config.train, dtype="fp32", device="cpu", parameters=trained)
     cut = dataclasses.replace(config.parallel, tensor=1, pipeline=1, sequence=False, recompute="none")
     config = dataclasses.replace(config, train=plain, parallel=cut)
 
@@ -122,7 +127,8 @@ def trainer_logits(
     with one_process():
         context = build_context(config, torch.device("cpu"))
         linear = linear_config(config, context, torch.float32)
-        words = filled(Words(config, context, linear))
+        kinds = torch.zeros(config.model.vocab_size, dtype=torch.uint8)
+        words = filled(Words(config, context, linear, kinds))
         meta = [pack(torch.zeros(len(b)), torch.zeros_like(b), torch.full_like(b, -100)) for b in batches]
         hidden = [words((b, m)) for b, m in zip(batches, meta, strict=True)]
         table = words.weight if config.model.tied else torch.empty(0)
@@ -130,7 +136,6 @@ def trainer_logits(
         for i in range(-1, config.model.layers):
             layer = filled(Block(i, config, context, linear) if i >= 0 else Positions(config, context, linear))
             hidden = [layer(x) for x in hidden]
-        kinds = torch.zeros(config.model.vocab_size, dtype=torch.uint8)
         head = filled(Head(config, context, linear, kinds, LossState()))
         return [head.logits((*x, table))[..., : config.model.vocab_size] for x in hidden]
 

@@ -15,8 +15,13 @@ from megacm3.parallel.parts import Part, parts_of
 _BLOCK = 1 << 20  # numbers of a block
 
 
-def _std(name: str, model: ModelConfig) -> float:
-    """Standard deviation of a matrix; 0 = zeros. CM3Leon section 2.3: 0.006, positions 0.0002, output layers 0."""
+def _std(name: str, width: int, model: ModelConfig) -> float:
+    """Standard deviation of a matrix; 0 = zeros. CM3Leon section 2.3: 0.006, positions 0.0002, output layers 0.
+
+    Adapters begin as nothing (B = 0); A has the deviation of PEFT's uniform numbers, 1 / sqrt(3 x columns).
+    """
+    if name.endswith((".lora_a", ".lora_b")):
+        return 1.0 / math.sqrt(3 * width) if name.endswith("a") else 0.0
     if name == "positions.weight":
         return model.init_positions_std
     if name.endswith((".attn.o.weight", ".mlp.down.weight")):
@@ -29,7 +34,7 @@ def draw(part: Part, model: ModelConfig, seed: int) -> torch.Tensor:
     if "norm" in part.name:
         value = 0.0 if part.name.endswith(".bias") else 1.0
         return torch.full(part.shape, value)
-    std = _std(part.name, model)
+    std = _std(part.name, part.global_shape[1], model)
     out = torch.zeros(part.shape)
     if std == 0.0:
         return out

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megacm3.command import seed_from
 from megacm3.config import Config, ModelConfig
+from megacm3.model.lora import ColumnLora, RowLora, targets
 from megacm3.parallel import parts
 from megacm3.parallel.context import ParallelContext
 from megacm3.parallel.replicated import summed_over_tensor_ranks
@@ -180,9 +181,13 @@ class Attention(torch.nn.Module):
         parts.attach(self.qkv.weight, pieces, split=world > 1)
         self.o = RowParallelLinear(q_rows, hidden, input_is_parallel=True, skip_bias_add=False, **common)
         parts.attach(self.o.weight, [parts.columns(f"{name}.o.weight", (hidden, q_rows), rank, world)], split=world > 1)
-        self.q_norm = self.k_norm = None
+        self.q_norm = self.k_norm = self.qkv_lora = self.o_lora = None
+        dtype, fused = linear.params_dtype, {"q": q_rows, "k": kv_rows, "v": kv_rows}
+        if targets(config, list(fused)):
+            self.qkv_lora = ColumnLora(name, hidden, fused, config, context, dtype)
+        if targets(config, ["o"]):
+            self.o_lora = RowLora(f"{name}.o", q_rows, hidden, config, context, dtype)
         if model.qk_norm != "none":
-            dtype = self.o.weight.dtype
             self.q_norm = HeadNorm(f"{name}.q_norm", model.heads, model, context, dtype)
             self.k_norm = HeadNorm(f"{name}.k_norm", model.kv_heads, model, context, dtype)
 
@@ -197,6 +202,8 @@ class Attention(torch.nn.Module):
     ) -> torch.Tensor:
         """[S, B, H] -> [S, B, H]; `mask` bool [B, 1, T, T] where documents hide one another, else None (causal)."""
         qkv, _ = self.qkv(x_SBH)
+        if self.qkv_lora is not None:
+            qkv = qkv + self.qkv_lora(x_SBH)
         length, batch = qkv.shape[:2]
         widths = [self.heads * self.size, self.kv_heads * self.size, self.kv_heads * self.size]
         q, k, v = (t.view(length, batch, -1, self.size) for t in qkv.split(widths, dim=-1))
@@ -208,7 +215,8 @@ class Attention(torch.nn.Module):
             out = checkpoint(self._core, q, k, v, mask, use_reentrant=False, preserve_rng_state=False)
         else:
             out = self._core(q, k, v, mask)
-        return self.o(out)[0]
+        x_SBH = self.o(out)[0]
+        return x_SBH if self.o_lora is None else x_SBH + self.o_lora(out)
 
 
 class FeedForward(torch.nn.Module):
@@ -231,13 +239,21 @@ class FeedForward(torch.nn.Module):
         parts.attach(
             self.down.weight, [parts.columns(f"{name}.down.weight", (hidden, ffn), rank, world)], split=world > 1
         )
+        self.up_lora = self.down_lora = None
+        if targets(config, names):
+            self.up_lora = ColumnLora(name, hidden, dict.fromkeys(names, ffn), config, context, linear.params_dtype)
+        if targets(config, ["down"]):
+            self.down_lora = RowLora(f"{name}.down", ffn, hidden, config, context, linear.params_dtype)
 
     def forward(self, x_SBH: torch.Tensor) -> torch.Tensor:
         """[S, B, H] -> [S, B, H]."""
         inner, _ = self.up(x_SBH)
+        if self.up_lora is not None:
+            inner = inner + self.up_lora(x_SBH)
         if self.gated:
             gate, up = inner.chunk(2, dim=-1)
             inner = F.silu(gate) * up
         else:
             inner = F.relu(inner)
-        return self.down(inner)[0]
+        x_SBH = self.down(inner)[0]
+        return x_SBH if self.down_lora is None else x_SBH + self.down_lora(inner)

@@ -44,7 +44,7 @@ class _ChunkedLoss(torch.autograd.Function):
         need = plan.gradient
         grad_hidden = torch.empty_like(hidden) if need else None
         wide = torch.float32 if weight.dtype != torch.float64 else torch.float64
-        grad_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if need else None
+        grad_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if plan.weight_gradient else None
         nll = torch.empty(hidden.shape[0], dtype=wide, device=hidden.device)
         log_z = torch.empty_like(nll)
         for low in range(0, hidden.shape[0], CHUNK):
@@ -61,7 +61,7 @@ class _ChunkedLoss(torch.autograd.Function):
         # In place: the gradients were made for this one call, and the table's is among the largest tensors there are.
         grad_hidden, grad_weight, dtype = ctx.gradients
         ctx.gradients = None
-        return grad_hidden.mul_(grad), grad_weight.mul_(grad).to(dtype), None, None
+        return grad_hidden.mul_(grad), None if grad_weight is None else grad_weight.mul_(grad).to(dtype), None, None
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,8 @@ class _Plan:
     z_loss: float
     scale: float
     gradient: bool
+    weight_gradient: bool
+    """Not for a frozen table."""
 
 
 def _chunk(
@@ -105,7 +107,7 @@ def _chunk(
     log_sum = sums[0].log()
     nll.copy_(log_sum - sums[1])
     log_z.copy_(log_sum + top)
-    if grad_hidden is None or grad_weight is None:
+    if grad_hidden is None:
         return
     # d(nll + z logZ^2)/dlogit = softmax * (1 + 2 z logZ) - onehot, over real targets only
     real = (targets != IGNORE).to(exp.dtype) * plan.scale
@@ -113,6 +115,8 @@ def _chunk(
     exp.scatter_add_(1, local[:, None], (-real * mine)[:, None])
     grad = exp.to(weight.dtype)
     torch.mm(grad, weight, out=grad_hidden[rows])
+    if grad_weight is None:
+        return
     if grad.dtype == grad_weight.dtype:
         grad_weight.addmm_(grad.T, hidden)
     else:
@@ -137,5 +141,5 @@ def chunked_loss(
     z-loss is z * logZ^2 over the same targets (Chameleon 2.3). With world > 1, `weight` holds this rank's rows.
     """
     gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    plan = _Plan(group, world, rank, vocab_size, z_loss, scale, gradient)
+    plan = _Plan(group, world, rank, vocab_size, z_loss, scale, gradient, gradient and weight.requires_grad)
     return _ChunkedLoss.apply(hidden, weight, targets, plan)  # type: ignore[no-any-return,no-untyped-call]

@@ -23,6 +23,7 @@ from megacm3.model.block import Block, positions_in_document, unpack
 from megacm3.model.init import initialize
 from megacm3.model.layers import Norm, linear_config
 from megacm3.model.loss import IGNORE, POSITION_BUCKETS, LossState, chunked_loss
+from megacm3.model.trained import IMAGE_ROWS, ImageRows, freeze
 from megacm3.parallel import parts
 from megacm3.parallel.context import ParallelContext
 from megacm3.tokenizers.vocabulary import IMAGE, TEXT
@@ -46,10 +47,22 @@ def _table_part(name: str, config: Config, context: ParallelContext) -> list[par
     return [parts.Part(name, shape, (first, 0), (rows, shape[1]), 0)] if rows else []
 
 
+def _image_rows(
+    name: str, config: Config, context: ParallelContext, kinds: torch.Tensor, dtype: torch.dtype
+) -> tuple[list[parts.Part], ImageRows, torch.nn.Parameter | None]:
+    """The table's parts; where the rows of image ids lie, and the parameter that takes their place if they train."""
+    images = ImageRows(kinds, table_rows(config) // context.tensor, context)
+    pieces = _table_part(name, config, context)
+    if config.train.parameters != IMAGE_ROWS:
+        return pieces, images, None
+    rows = images.parameter(name, (config.model.vocab_size, config.model.hidden_size), dtype)
+    return [kept for piece in pieces for kept in images.outside(piece)], images, rows
+
+
 class Words(torch.nn.Module):
     """Token ids -> vectors, from a table whose rows are cut over the tensor ranks. Without positions it may be tied."""
 
-    def __init__(self, config: Config, context: ParallelContext, linear: Any) -> None:
+    def __init__(self, config: Config, context: ParallelContext, linear: Any, kinds: torch.Tensor) -> None:
         super().__init__()
         self.table = VocabParallelEmbedding(
             table_rows(config),
@@ -61,17 +74,22 @@ class Words(torch.nn.Module):
         )
         with torch.no_grad():
             self.table.weight.zero_()  # padding rows stay zero
-        parts.attach(self.table.weight, _table_part("embed.weight", config, context), split=context.tensor > 1)
+        pieces, self.images, self.image_rows = _image_rows("embed.weight", config, context, kinds, linear.params_dtype)
+        parts.attach(self.table.weight, pieces, split=context.tensor > 1)
 
     @property
     def weight(self) -> torch.Tensor:
         """The table [rows / TP, H], which a tied head shares."""
-        return self.table.weight
+        table: torch.Tensor = self.table.weight
+        return table if self.image_rows is None else self.images.table(self.image_rows, table)
 
     def forward(self, inputs: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """(tokens int64 [B, T], meta) -> (vectors [B, T, H], meta)."""
         tokens_BT, meta = inputs
-        return self.table(tokens_BT), meta
+        x_BTH = self.table(tokens_BT)
+        if self.image_rows is not None:
+            x_BTH = self.images.embed(self.image_rows, tokens_BT, x_BTH)
+        return x_BTH, meta
 
 
 class Positions(torch.nn.Module):
@@ -120,11 +138,14 @@ class Head(torch.nn.Module):
         self.register_buffer("kinds", kinds.to(context.device), persistent=False)
         self.norm = Norm("final_norm", model, context, linear.params_dtype)
         self.tied_to: tuple[Words, ...] = ()
-        self.weight = None
+        self.weight = self.image_rows = None
         if not model.tied:
             shape = (table_rows(config) // context.tensor, model.hidden_size)
             self.weight = torch.nn.Parameter(torch.zeros(shape, dtype=linear.params_dtype, device=context.device))
-            parts.attach(self.weight, _table_part("head.weight", config, context), split=context.tensor > 1)
+            pieces, self.images, self.image_rows = _image_rows(
+                "head.weight", config, context, kinds, linear.params_dtype
+            )
+            parts.attach(self.weight, pieces, split=context.tensor > 1)
 
     def _gathered(self, x: torch.Tensor) -> torch.Tensor:
         group = self.context.tensor_group
@@ -136,7 +157,7 @@ class Head(torch.nn.Module):
 
     def _table(self, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
         if self.weight is not None:
-            return self.weight
+            return self.weight if self.image_rows is None else self.images.table(self.image_rows, self.weight)
         # tied: the same module without a pipeline, handed on by its stage with one
         return self.tied_to[0].weight if self.tied_to else inputs[2]
 
@@ -193,6 +214,8 @@ class Stage:
     """The table itself (first entry), shared with `tied_call`."""
     tied_call: Callable[..., Any] | None = None
     """How the table is called when the head needs it."""
+    tied_weights: tuple[str, ...] = ()
+    """The table's parameters, by attribute: where a pipeline holds two copies of it, they must stay equal."""
     is_block: bool = False
     """Blocks are what a pipeline spreads evenly."""
 
@@ -208,17 +231,19 @@ def list_stages(config: Config, context: ParallelContext, kinds: torch.Tensor, s
 
     def built(module: torch.nn.Module) -> torch.nn.Module:
         initialize(module, config.model, seed)
+        freeze(module, config)
         return module
 
+    tied = ("table.weight", *([IMAGE_ROWS] if config.train.parameters == IMAGE_ROWS else []))
     stages = [
-        Stage(lambda: built(Words(config, context, linear)), is_table=True),
+        Stage(lambda: built(Words(config, context, linear, kinds)), is_table=True, tied_weights=tied),
         Stage(lambda: built(Positions(config, context, linear))),
     ]
     stages += [
         Stage(partial(_block, built, i, config, context, linear), is_block=True) for i in range(config.model.layers)
     ]
     if config.model.tied:
-        stages.append(Stage(stages[0].build, is_table=True, tied_call=hand_on_table))
+        stages.append(Stage(stages[0].build, is_table=True, tied_call=hand_on_table, tied_weights=tied))
     stages.append(Stage(lambda: built(Head(config, context, linear, kinds, state))))
     return stages
 

@@ -72,8 +72,8 @@ class Engine:
         network = Network(stages, built=partition)
         head, words = network.stages[-1], network.stages[0]
         assert isinstance(head, Head) and isinstance(words, Words)
-        if head.tied_to:
-            register(head, words.weight)  # the head needs the table gathered, though another module owns it
+        for parameter in words.parameters() if head.tied_to else ():
+            register(head, parameter)  # the head needs the table gathered, though another module owns it
         return network
 
     def set_lr(self, lr: float) -> None:

@@ -55,8 +55,11 @@ def parameter_groups(config: Config, module: torch.nn.Module) -> list[dict[str, 
     """Parameters with and without weight decay: none on norm gains (common practice; the papers give one number)."""
     decayed = [p for p in module.parameters() if p.requires_grad and "norm" not in parts_of(p)[0].name]
     plain = [p for p in module.parameters() if p.requires_grad and "norm" in parts_of(p)[0].name]
-    groups = [{"params": decayed, "weight_decay": config.optimizer.weight_decay}]
-    return groups + ([{"params": plain, "weight_decay": 0.0}] if plain else [])
+    groups = [
+        {"params": decayed, "weight_decay": config.optimizer.weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
 
 
 def build_optimizer(config: Config, module: torch.nn.Module, own_clip: bool) -> Any:

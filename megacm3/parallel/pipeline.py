@@ -37,7 +37,7 @@ def pipeline_module(stages: list[Stage], context: ParallelContext) -> torch.nn.M
         """The same for the table, shared between the first stage and the head."""
 
         def __init__(self, stage: Stage) -> None:
-            super().__init__("table", torch.nn.Module, forward_fn=stage.tied_call, tied_weight_attr="weight")
+            super().__init__("table", torch.nn.Module, forward_fn=stage.tied_call, tied_weight_attr=stage.tied_weights)
             self.stage = stage
 
         def build(self, log: bool = False) -> torch.nn.Module:
@@ -50,6 +50,10 @@ def pipeline_module(stages: list[Stage], context: ParallelContext) -> torch.nn.M
             self.parts = bounds([stage.is_block for stage in stages], self.num_stages)
             stage_id = self._topo.get_coord(self.global_rank).pipe
             self._set_bounds(start=self.parts[stage_id], stop=self.parts[stage_id + 1])
+
+        def get_tied_weights_and_groups(self) -> list[tuple[torch.nn.Parameter, Any]]:
+            # Frozen weights have no gradients to sum.
+            return [pair for pair in super().get_tied_weights_and_groups() if pair[0].requires_grad]
 
     tied = any(stage.tied_call is not None for stage in stages)
     layers: list[Any] = [BuiltTied(stage) if stage.is_table and tied else Built(stage) for stage in stages]
