@@ -54,6 +54,7 @@ setup(
         "milvus": ["pymilvus>=3.0.2,<4", "milvus-lite>=3.2,<4"],
         "annoy": ["annoy>=1.17.3,<2"],
         "pinecone": ["pinecone>=10.2,<11"],
+        "sweep": ["optuna>=5.0,<6"],
         "wandb": ["wandb>=0.23,<1"],
         "dev": [*TESTS, "ruff==0.17.6", "mypy==2.4.1", "codespell>=2.4,<3", "pre-commit>=4,<5"],
     },

@@ -107,6 +107,11 @@ def _check_trained(config: Config) -> None:
             "train.parameters = norms, but model.norm = layernorm with model.qk_norm = none has no parameters; "
             "choose all, image_rows or lora"
         )
+    if choice == "image_rows" and config.parallel.pipeline == 2 and model.tied and config.train.dtype == "bf16":
+        raise ConfigError(
+            "train.parameters = image_rows of a tied table with parallel.pipeline = 2 and train.dtype = bf16: the last "
+            "stage would have a copy alone, of which DeepSpeed's bf16 optimizer takes no norm; set parallel.pipeline=1"
+        )
     if choice == "image_rows" and config.parallel.pipeline > 2:
         raise ConfigError(
             f"train.parameters = image_rows leaves the middle of parallel.pipeline = {config.parallel.pipeline} stages "

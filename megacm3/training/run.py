@@ -24,6 +24,7 @@ from megacm3.parallel.engine import Engine
 from megacm3.parallel.replicated import check_replicas
 from megacm3.resolve import save_config
 from megacm3.training.metrics import Metrics
+from megacm3.training.start import begin_with, run_tokenizers
 
 log = logging.getLogger(__name__)
 LIBRARIES = ("torch", "megatron-core", "deepspeed", "numpy", "safetensors", "sentencepiece", "diffusers")
@@ -82,6 +83,8 @@ class Run:
             start_sequence=self._sequence,
         )
 
+    init: dict[str, Any] | None = None
+    """Where the weights of step 0 came from, when they were not drawn."""
     _sequence: int = 0
     _stall: float = 0.0
 
@@ -120,6 +123,8 @@ class Run:
             "probe_loss": self._probe(),
             "config": dataclasses.asdict(self.config),
             "vocabulary": self.stream.vocabulary.to_json(),
+            "tokenizers": run_tokenizers(self.stream),
+            "init": self.init,
             "versions": versions(),
         }
         background = self.config.checkpoint.background
@@ -160,9 +165,9 @@ class Run:
             log.info("saved %s in %.1f s; the training waited %.1f s", path, self.saver.total, self._stall)
 
     def resume(self) -> None:
-        """Continue from the newest valid checkpoint, as checkpoint.resume says. Collective.
+        """Continue from the newest valid checkpoint, as checkpoint.resume says; else begin with checkpoint.init.
 
-        Raises CheckpointError when one is required and there is none, or when what was saved does not fit.
+        Collective. Raises CheckpointError when one is required and there is none, or when what was saved does not fit.
         """
         wanted, folder = self.config.checkpoint.resume, self.out / "checkpoints"
         if self.is_main and folder.is_dir():
@@ -174,12 +179,15 @@ class Run:
                     f"checkpoint.resume = required, but {folder} holds no valid checkpoint; "
                     "set checkpoint.resume=auto to start from the beginning"
                 )
-            if self.is_main:
+            if self.config.checkpoint.init:
+                self.init = begin_with(self.engine, self.context, self.config, self.stream)
+            elif self.is_main:
                 log.info("no checkpoint in %s: starting from step 0 with seed %d", folder, self.config.train.seed)
             return
         state = load(self.engine, self.context, found[0])
         check_resume(state["stream"], self.stream)
         self.step, self.tokens, self._sequence = state["step"], state["tokens"], state["sequence"]
+        self.init = state.get("init")
         self._check_probe(state, found[0])
         if self.is_main:
             for name, now in versions().items():

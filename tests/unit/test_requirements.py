@@ -22,6 +22,7 @@ OPTIONAL = {
     "crc32c": "extra tfrecord",
     "google": "protobuf, which comes with tfrecord",
     "warcio": "extra crawl",
+    "optuna": "extra sweep",
 }
 """Imported only where installed."""
 
