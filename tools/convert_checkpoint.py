@@ -25,6 +25,12 @@ def _parser() -> argparse.ArgumentParser:
     to_hf.add_argument("--max-shard-size", type=float, default=5.0, metavar="GB", help="default %(default)s")
     to_hf.add_argument("--text-tokenizer", default="", metavar="DIR", help="default: the run's")
     to_hf.add_argument("--image-tokenizer", default="", metavar="DIR", help="default: the run's")
+    to_hf.add_argument(
+        "--adapter",
+        default="",
+        metavar="BASE",
+        help="write the low-rank adapters alone, in PEFT's form, over model BASE",
+    )
     to_hf.add_argument("--overwrite", action="store_true", help="replace an earlier export once the new one is whole")
 
     from_hf = commands.add_parser("from-hf", help="Hugging Face folder -> native checkpoint")

@@ -117,11 +117,10 @@ class Checkpoint(Weights):
         Masters exist of what trained: the rest of a box is its parameters. Raises CheckpointError naming the tensor
         when the checkpoint does not cover the box or a file is damaged.
         """
-        if kind == MASTER and self.trained is not None:
-            self.read(PARAM, name, box, out)
-            self._copy(kind, name, box, out)
-            return
-        copied = self._copy(kind, name, box, out)
+        partial = kind == MASTER and self.trained is not None
+        copied = self._copy(PARAM if partial else kind, name, box, out)
+        if partial:
+            self._copy(MASTER, name, box, out)
         if copied != box.numel:
             raise CheckpointError(
                 f"{self.folder}: {kind} of {name} lacks part of [{box}]: {copied} of {box.numel} elements"

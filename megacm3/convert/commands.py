@@ -10,6 +10,7 @@ from megacm3.checkpoint.boxes import whole
 from megacm3.checkpoint.pieces import PARAM
 from megacm3.checkpoint.reader import Checkpoint
 from megacm3.checkpoint.reshard import config_of, find_step, reshard
+from megacm3.convert.adapter import write_adapter
 from megacm3.convert.export_weights import weight_bytes
 from megacm3.convert.extend import Extended
 from megacm3.convert.from_hf import from_hf, opened
@@ -39,6 +40,9 @@ def _told(verdict: Verdict) -> str:
 
 def to_hf_command(given: argparse.Namespace) -> list[str]:
     """Export and compare."""
+    if given.adapter:
+        path, count = write_adapter(given.checkpoint, given.output, given.adapter)
+        return [f"{path}: adapters of {count} matrices over {given.adapter}"]
     begun = time.monotonic()
     tokenizers = {"text_tokenizer": given.text_tokenizer, "image_tokenizer": given.image_tokenizer}
     export = Export.of(given.checkpoint, given.dtype, tokenizers)
