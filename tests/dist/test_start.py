@@ -31,6 +31,7 @@ def begin(overrides: list[str], steps: int = 0) -> dict[str, Any]:
 
     import deepspeed
 
+    from megacm3.checkpoint.store import save
     from megacm3.parallel.context import build_context
     from megacm3.parallel.cpu import choose_device, prepare
     from megacm3.resolve import load_config
@@ -47,7 +48,7 @@ def begin(overrides: list[str], steps: int = 0) -> dict[str, Any]:
     if steps:
         train(run)
     else:
-        run.save()
+        save(run.engine, run.context, run.out / "checkpoints", at, {"step": at}, 0)
     return {"step": at, "init": run.init}
 
 
