@@ -2,6 +2,8 @@
 
 import importlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -37,3 +39,18 @@ def prepare(device: torch.device) -> None:
     torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
     # By name: the package's own attribute `torch` is the library, not its submodule.
     importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
+
+
+@contextmanager
+def pretending(device: torch.device) -> Iterator[None]:
+    """For dry runs: new tensors, megatron-core's own among them, are made on `device`, whatever this machine has."""
+    from megatron.core import parallel_state
+
+    current, buffer = torch.cuda.current_device, parallel_state._GLOBAL_MEMORY_BUFFER
+    torch.cuda.current_device = lambda: device  # type: ignore[assignment,return-value]
+    parallel_state._GLOBAL_MEMORY_BUFFER = None
+    try:
+        with device:
+            yield
+    finally:
+        torch.cuda.current_device, parallel_state._GLOBAL_MEMORY_BUFFER = current, buffer
