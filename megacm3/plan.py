@@ -1,7 +1,7 @@
-"""The whole plan of a run: what each stage's ranks hold and hand on, how long a step might take, and which layout fits.
+"""The whole plan of a run: what the ranks of each stage hold and hand on, how long a step might take, what fits.
 
-Bytes, FLOPs and collectives are those of estimate.py and traffic.py, which tests hold to real ranks. Times and the order
-of suggestions are derived from data sheets and were not measured on GPUs.
+Bytes, FLOPs and collectives are those of estimate.py and traffic.py, which tests hold to real ranks. Times and the
+order of suggestions are derived from data sheets and were not measured on GPUs.
 """
 
 import itertools
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megacm3.config import Config
+from megacm3.config import Config, ParallelConfig
 from megacm3.errors import ConfigError
 from megacm3.estimate import (
     Layout,
@@ -106,7 +106,7 @@ class Plan:
         return self.worst.memory.total <= USABLE * kind.memory
 
     def step_seconds(self, kind: Gpu) -> float:
-        """Derived: products at EFFICIENCY of the peak, tensor traffic not hidden, gradients hidden behind half of it."""
+        """Derived: products at EFFICIENCY of the peak, tensor traffic open, gradients hidden behind half of them."""
         layout, busiest = self.layout, self.worst.traffic
         compute = self.rank_flops / (EFFICIENCY * kind.peak)
         near = kind.link if layout.tensor <= kind.node else kind.network
@@ -131,30 +131,26 @@ def make_plan(config: Config, world: int) -> Plan:
     return Plan(config, layout, stages)
 
 
-def with_layout(config: Config, *, zero: int | None = None, micro_batch: int = 0, **parallel: int | bool | str) -> Config:
+def with_layout(config: Config, parallel: ParallelConfig, zero: int, micro_batch: int) -> Config:
     """A config cut differently; `zero` names a file of ds_configs/. Raises ConfigError when a rule forbids it."""
     folder = Path(__file__).resolve().parent.parent / "ds_configs"
-    made = replace(
-        config,
-        parallel=replace(config.parallel, **parallel),
-        train=replace(config.train, micro_batch=micro_batch or config.train.micro_batch),
-        deepspeed=config.deepspeed if zero is None else str(folder / f"zero{zero}.json"),
-    )
+    train = replace(config.train, micro_batch=micro_batch)
+    made = replace(config, parallel=parallel, train=train, deepspeed=str(folder / f"zero{zero}.json"))
     check(made)
     return made
 
 
 def layouts(config: Config, world: int, kind: Gpu) -> Iterator[Plan]:
     """Plans of every legal layout worth a look: tensor ranks within a node, sequence parallel with them."""
-    tensors = [n for n in (1, 2, 4, 8, 16) if n <= kind.node]
+    tensors = [n for n in (1, 2, 4, 8) if n <= kind.node]
     pipelines = [n for n in range(1, min(config.model.layers, world) + 1) if config.model.layers % n == 0]
     for tensor, pipeline in itertools.product(tensors, pipelines):
         if world % (tensor * pipeline):
             continue
         for zero, recompute, size in itertools.product((1, 2, 3), ("none", "selective", "full"), (1, 2, 4, 8)):
-            cut = {"tensor": tensor, "pipeline": pipeline, "sequence": tensor > 1, "recompute": recompute}
+            parallel = ParallelConfig(tensor, pipeline, tensor > 1, recompute)
             try:
-                yield make_plan(with_layout(config, zero=zero, micro_batch=size, **cut), world)
+                yield make_plan(with_layout(config, parallel, zero, size), world)
             except ConfigError:  # not legal, such as ZeRO-2 under a pipeline
                 continue
 
@@ -176,9 +172,10 @@ def suggest(config: Config, world: int, kind: Gpu, count: int = 3) -> list[Plan]
     if not fitting:
         least = min(tried, key=lambda plan: plan.worst.memory.total)
         raise ConfigError(
-            f"{config.model.preset or 'the model'} does not fit {world} x {kind.name}: the leanest layout ({describe(least)}) "
-            f"needs {least.worst.memory.total / GB:.1f} of {USABLE * kind.memory / GB:.1f} GiB a GPU; "
-            "raise --gpus, or offload with deepspeed=ds_configs/zero3_offload.json"
+            f"{config.model.preset or 'the model'} does not fit {world} x {kind.name}: the leanest layout "
+            f"({describe(least)}) needs {least.worst.memory.total / GB:.1f} of "
+            f"{USABLE * kind.memory / GB:.1f} GiB a GPU; raise --gpus, or offload with "
+            "deepspeed=ds_configs/zero3_offload.json"
         )
     return fitting[:count]
 
@@ -188,4 +185,5 @@ def describe(plan: Plan) -> str:
     layout = plan.layout
     keys = f"parallel.tensor={layout.tensor} parallel.pipeline={layout.pipeline}"
     keys += f" parallel.sequence={str(layout.sequence).lower()} parallel.recompute={layout.recompute}"
-    return f"{keys} train.micro_batch={layout.micro_batch} deepspeed=ds_configs/{Path(plan.config.deepspeed or 'zero1.json').name}"
+    name = Path(plan.config.deepspeed or "zero1.json").name
+    return f"{keys} train.micro_batch={layout.micro_batch} deepspeed=ds_configs/{name}"

@@ -33,7 +33,8 @@ def layout_lines(plan: Plan) -> list[str]:
     again = sequence_flops(plan.config.model, layout.recompute) / sequence_flops(plan.config.model) - 1
     return [
         f"{layout.world} ranks: tensor {layout.tensor}{' with sequence parallel' if layout.sequence else ''}, data "
-        f"{layout.data}, pipeline {layout.pipeline}, ZeRO {layout.zero}, recompute {layout.recompute} (+{again:.0%} FLOPs)",
+        f"{layout.data}, pipeline {layout.pipeline}, ZeRO {layout.zero}, recompute {layout.recompute} "
+        f"(+{again:.0%} FLOPs)",
         f"a step: {layout.micro_batches} micro-batches of {layout.micro_batch} on each data rank; pipeline bubble "
         f"{bubble(layout):.1%}",
     ]
@@ -67,7 +68,8 @@ def traffic_lines(plan: Plan) -> list[str]:
         rows.append([item.axis, item.operation, f"{item.count:,}", _size(item.bytes), _size(item.sent)])
     if len(rows) == 1:
         return ["communication: none"]
-    return [f"communication of a step on a rank of stage {plan.worst.stage} (data: calls before bucketing):", *_table(rows)]
+    where = f"a rank of stage {plan.worst.stage}"
+    return [f"communication of a step on {where} (data: calls before bucketing):", *_table(rows)]
 
 
 def time_lines(plan: Plan, kind: Gpu) -> list[str]:
@@ -97,13 +99,15 @@ def dry_run_lines(plan: Plan, found: DryRun) -> list[str]:
     rows = [["stage", "parameters", "FLOPs", *_OPERATIONS, "as estimated"]]
     for report in found.reports:
         if report.tensor_rank == 0:
-            expected = {t.operation: t.count // layout.micro_batches for t in tensor_traffic(config, layout, report.stage)}
+            traffic = tensor_traffic(config, layout, report.stage)
+            expected = {item.operation: item.count // layout.micro_batches for item in traffic}
             same = expected == report.count and report.parameters == plan.stages[report.stage].parameters
-            counts = [str(report.count.get(name, 0)) for name in _OPERATIONS]
-            rows.append([str(report.stage), f"{report.parameters:,}", f"{report.flops:.4g}", *counts, "yes" if same else "NO"])
+            row = [str(report.stage), f"{report.parameters:,}", f"{report.flops:.4g}"]
+            row += [str(report.count.get(name, 0)) for name in _OPERATIONS]
+            rows.append([*row, "yes" if same else "NO"])
     return [
-        f"dry run: {len(found.reports)} distinct ranks of {found.ranks} built on the meta device in {found.seconds:.1f} s; "
-        f"together they hold {found.parameters:,} numbers, each tensor whole",
+        f"dry run: {len(found.reports)} distinct ranks of {found.ranks} built on the meta device in "
+        f"{found.seconds:.1f} s; together they hold {found.parameters:,} numbers, each tensor whole",
         "one micro-batch on the first rank of each stage:",
         *_table(rows),
     ]
@@ -116,4 +120,3 @@ def report(plan: Plan, kind: Gpu | None) -> str:
     """The whole text for one layout."""
     lines = [*model_lines(plan), *layout_lines(plan), *memory_lines(plan, kind), *traffic_lines(plan)]
     return "\n".join(lines + (time_lines(plan, kind) if kind else []))
-

@@ -52,7 +52,8 @@ def _cm3leon(layers: int, hidden: int, heads: int, lr: float, tokens: int) -> Tr
             "eps": 1e-8,  # inferred: [OPT]
             "weight_decay": 0.1,  # inferred: [OPT]
             "clip": 1.0,  # inferred: [OPT]
-            "schedule": {"kind": "linear", "warmup": 1500, "final": 0.1},  # [CM3Leon] table 3; the decay inferred: [OPT]
+            # The decay is inferred: [OPT].
+            "schedule": {"kind": "linear", "warmup": 1500, "final": 0.1},  # [CM3Leon] table 3
         },
         # 8M tokens taken as 2^23; the precision is inferred.
         "train": {"tokens": tokens, "global_batch": 2048, "dtype": "bf16"},  # [CM3Leon] table 3

@@ -44,7 +44,7 @@ def _again(config: Config, layout: Layout) -> tuple[int, int]:
 
 
 def tensor_traffic(config: Config, layout: Layout, stage: int) -> list[Traffic]:
-    """Within a tensor group, for all micro-batches of a step: megatron-core's layers, the loss, replicated gradients."""
+    """Within a tensor group, for a step: megatron-core's layers, the loss, gradients of replicated parameters."""
     if layout.tensor == 1:
         return []
     model, last = config.model, stage == layout.pipeline - 1

@@ -1,8 +1,9 @@
 """Builds every rank's stage of a layout on the meta device, under a fake process group, and runs one micro-batch of it.
 
-Data ranks do not differ, so each (stage, tensor rank) is built once; the micro-batch runs on a stage's first tensor rank,
-since the others have tensors of the same shapes. No weight and no activation exists, so that a layout for a thousand GPUs is tried in seconds on one CPU core: shapes that
-do not fit, tensors that no rank holds, and collectives that the estimate does not know of show here.
+Data ranks do not differ, so each (stage, tensor rank) is built once; the micro-batch runs on a stage's first tensor
+rank, since the others have tensors of the same shapes. No weight and no activation exists, so that a layout for a
+thousand GPUs is tried in seconds on one CPU core: shapes that do not fit, tensors that no rank holds, and collectives
+that the estimate does not know of show here.
 """
 
 import math
@@ -140,7 +141,8 @@ def count_once(reports: list[RankReport]) -> int:
         held[part.name] += math.prod(part.shape)
     for part in boxes.values():
         if held[part.name] != math.prod(part.global_shape):
-            raise ConfigError(f"{part.name} has {math.prod(part.global_shape):,} numbers; ranks hold {held[part.name]:,}")
+            expected = math.prod(part.global_shape)
+            raise ConfigError(f"{part.name} has {expected:,} numbers; ranks hold {held[part.name]:,}")
     return sum(held.values())
 
 

@@ -1,8 +1,6 @@
-"""Floating-point operations that the model's mathematics needs, and what devices can do at most."""
+"""What devices can do at most; what a model needs is in megacm3/estimate.py."""
 
 import re
-
-from megacm3.config import ModelConfig
 
 PEAKS = {
     "A100": 312e12,
@@ -24,14 +22,3 @@ def peak_flops(device_name: str, dtype: str) -> float | None:
     if dtype != "bf16" or "MIG" in words:
         return None
     return next((peak for name, peak in PEAKS.items() if words.issuperset(name.split())), None)
-
-
-def flops_per_token(model: ModelConfig) -> float:
-    """Forward and backward of one token of a full sequence: 6 a matrix element, and 12 x layers x hidden x length for
-    attention scores and values (arXiv 2204.02311, appendix B: no discount for the causal mask, none for recompute).
-    """
-    head = model.hidden_size // model.heads
-    attention = model.hidden_size * head * (2 * model.heads + 2 * model.kv_heads)
-    feed_forward = model.hidden_size * model.ffn_size * (3 if model.activation == "swiglu" else 2)
-    matrices = model.layers * (attention + feed_forward) + model.hidden_size * model.vocab_size
-    return 6.0 * matrices + 12.0 * model.layers * model.hidden_size * model.sequence_length

@@ -61,7 +61,7 @@ def counted(keys: list[str]) -> tuple[int, float]:
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    from megacm3.training.flops import flops_per_token
+    from megacm3.estimate import flops_per_token
 
     config, context, engine = start(keys)
     rows = micro_batches(batch(0, config), config, context)

@@ -89,11 +89,11 @@ def test_flops_per_token_by_hand() -> None:
 
 SAVED = [
     (preset, recompute, extra)
-    for preset in FAMILIES
+    for preset in FAMILIES[:1]
     for recompute in ("none", "selective", "full")
     for extra in (("train.micro_batch=2",), ("train.dtype=bf16",))
 ]
-SAVED += [("tiny_chameleon_7b", "none", ("model.dropout=0.1",)), ("tiny_cm3leon", "none", ("data.document_mask=true",))]
+SAVED += [("tiny_cm3leon", "none", ("model.dropout=0.1",)), ("tiny_cm3leon", "none", ("data.document_mask=true",))]
 
 
 @pytest.mark.parametrize("preset, recompute, extra", SAVED, ids=str)
@@ -120,7 +120,8 @@ def test_states_by_hand() -> None:
     """
 
     def bytes_a_number(zero: int, dtype: str = "bf16", world: int = 64) -> tuple[float, float, float]:
-        made = config("tiny_cm3leon", f"deepspeed=ds_configs/zero{zero}.json", f"train.dtype={dtype}", "train.global_batch=128")
+        keys = [f"deepspeed=ds_configs/zero{zero}.json", f"train.dtype={dtype}", "train.global_batch=128"]
+        made = config("tiny_cm3leon", *keys)
         memory = state_bytes(64_000, layout_of(made, world))
         return tuple(part / 64_000 for part in (memory.parameters, memory.gradients, memory.optimizer))  # type: ignore[return-value]
 

@@ -103,7 +103,8 @@ def test_every_number_names_its_source() -> None:
     """A line of presets.py with a number has a comment with a source, "inferred" or "our choice"; twins are ours."""
     path = Path(presets.__file__)
     with path.open("rb") as file:
-        comments = {token.start[0]: token.string for token in tokenize.tokenize(file.readline) if token.type == tokenize.COMMENT}
+        tokens = list(tokenize.tokenize(file.readline))
+    comments = {token.start[0]: token.string for token in tokens if token.type == tokenize.COMMENT}
     twins = {line for function in (presets._twin, *_twins()) for line in _lines(function)}
     bare = []
     for node in ast.walk(ast.parse(path.read_text())):
