@@ -14,6 +14,8 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--bank", required=True, help="made by tools/build_memory_bank.py")
     add("--encoder", default="", metavar="DIR", help="CLIP folder for text queries (default: the bank's own copy)")
+    add("--queries", default="", metavar="BANK", help="bank whose documents ask (a held-out store's; default: --bank)")
+    add("--held-out", nargs="+", default=[], metavar="BANK", help="copies of what these hold are never drawn")
     add("--output", required=True, metavar="NEIGHBOURS", help="unfinished work lies in NEIGHBOURS.work")
     add("--keep", type=int, default=16, metavar="K", help="candidates kept in each list (default %(default)s)")
     add("--search", type=int, default=64, metavar="K", help="candidates looked at (default %(default)s)")
@@ -40,6 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     given.output = given.output.rstrip("/")
     names = NeighbourOptions.__dataclass_fields__
+    given.held_out = tuple(given.held_out)
     options = NeighbourOptions(**{name: value for name, value in vars(given).items() if name in names})
     report = find_neighbours(options, given.verify)
     time = f"in {report.seconds:.1f} s" if report.seconds else "finished already"

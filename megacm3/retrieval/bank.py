@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 KIND = "bank"
 _AT_ONCE = 4096
 """Vectors made at once: the steps between need a few times their memory."""
-_HELD = 65_536
+_HELD = 16_384
 """Rows read before the pages of the mapped files are given back: they would count as the process's memory."""
 META_FIELDS = {
     "doc_id": "int64",
@@ -175,6 +175,11 @@ class BankMetadata:
     def clusters(self) -> np.ndarray:
         """int64 [rows]: equal for near copies (the smallest document number among them)."""
         return load_array(self._folder / "clusters.npy", (self._rows,))
+
+    @cached_property
+    def held_out(self) -> np.ndarray:
+        """bool [rows]: copies of held-out documents. Neighbour folders alone have it."""
+        return load_array(self._folder / "held_out.npy", (self._rows,))
 
     def rows(self, doc_ids: np.ndarray) -> np.ndarray:
         """int64: row of each document, -1 for one that is not in the bank."""

@@ -92,9 +92,16 @@ def build_bank(options: BankOptions) -> BankReport:
     inputs = {"store": store.fingerprint, "encoder": fingerprint}
     job = Job(Path(options.output), KIND, settings, inputs)
     finished = job.finished(options.overwrite)
-    if finished:
-        logger.info("%s is finished already: same store, encoder and settings", options.output)
-        return _report(finished, 0.0)
+    if not finished:
+        with job.alone():
+            finished = job.finished(options.overwrite)
+            if not finished:
+                return _report(_make(options, job, store, precomputed), time.monotonic() - started)
+    logger.info("%s is finished already: same store, encoder and settings", options.output)
+    return _report(finished, 0.0)
+
+
+def _make(options: BankOptions, job: Job, store: Store, precomputed: str) -> Manifest:
     job.prepare(options.overwrite)
     encoder = "" if precomputed else options.encoder
     parts = len(store.settings["parts"])
@@ -106,8 +113,7 @@ def build_bank(options: BankOptions) -> BankReport:
         copy_encoder(encoder, job.folder / "encoder")
     made = _index(options, job, rows, workers)
     made |= {"dim": _dim(job.folder, rows), "documents": len(store), "rows": sum(rows), "parts": rows}
-    manifest = job.commit(made | {"precomputed": bool(precomputed)}, options.overwrite)
-    return _report(manifest, time.monotonic() - started)
+    return job.commit(made | {"precomputed": bool(precomputed)}, options.overwrite)
 
 
 def _check(options: BankOptions) -> None:

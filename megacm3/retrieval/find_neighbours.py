@@ -3,14 +3,19 @@
 A block is a unit (units.py): it can be computed anywhere, again, and to the same bytes. Queries are the document's
 picture, and its caption with tokens dropped at random (keyed by seed, document and variant), as CM3Leon's retrieval
 does. The scores of what is kept are computed from the stored vectors, whatever the index rounds.
+
+The documents that ask may be those of another bank (`queries`): a held-out store's, whose neighbours in the training
+bank an evaluation needs. And banks of held-out stores may be named (`held_out`) whose copies in this bank no sample may
+get to see.
 """
 
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -21,6 +26,7 @@ from megacm3.retrieval.bank import KIND as BANK_KIND
 from megacm3.retrieval.bank import MemoryBank, check_encoder
 from megacm3.retrieval.encoder import Encoder, encoder_fingerprint, encoder_width
 from megacm3.retrieval.neighbours import (
+    ASKING,
     IMAGE,
     KIND,
     MAX_KEEP,
@@ -37,6 +43,8 @@ logger = logging.getLogger(__name__)
 
 _QUERIES = 1024
 """Queries of one search: a fixed number, since sums may differ in the last bit between sizes of a batch."""
+_NEAR = 16
+"""Nearest documents looked at for copies of a held-out one."""
 _COMPARED = 128
 """Documents whose candidates are compared with one another at once."""
 
@@ -49,6 +57,10 @@ class NeighbourOptions:
     output: str
     encoder: str = ""
     """CLIP folder; empty: the bank's own copy."""
+    queries: str = ""
+    """A bank whose documents ask, made with the same encoder; empty: those of `bank` itself."""
+    held_out: tuple[str, ...] = ()
+    """Banks of held-out stores: documents of `bank` that are copies of theirs are never drawn."""
     keep: int = 16
     """Candidates kept in each list."""
     search: int = 64
@@ -104,30 +116,82 @@ def find_neighbours(options: NeighbourOptions, verify: str = "sha256") -> Neighb
     started = time.monotonic()
     options.check()
     made = read_manifest(options.bank, BANK_KIND)
-    blocks = plan(options, made)
+    asking = read_manifest(options.queries, BANK_KIND) if options.queries else made
+    blocks = plan(options, made, asking)
     names = ("keep", "search", "text_variants", "query_dropout", "alike", "duplicate", "batch", "seed")
     settings = {name: getattr(options, name) for name in names} | {"block": blocks.block}
     encoder = encoder_fingerprint(blocks.encoder) if blocks.encoder else made.inputs["encoder"]
-    inputs = {"bank": made.fingerprint, "store": made.inputs["store"], "encoder": encoder}
+    inputs = {"bank": made.fingerprint, "store": asking.inputs["store"], "encoder": encoder}
+    if options.queries:
+        inputs |= {"queries": asking.fingerprint, "candidates": made.inputs["store"]}
+    for number, folder in enumerate(options.held_out):
+        inputs[f"held_out_{number}"] = read_manifest(folder, BANK_KIND).fingerprint
     job = Job(Path(options.output), KIND, settings, inputs)
-    if job.finished(options.overwrite):
-        logger.info("%s is finished already: same bank and settings", options.output)
-        return _report(NeighbourTable.open(options.output), 0.0)
+    if not job.finished(options.overwrite):
+        with job.alone():
+            if not job.finished(options.overwrite):
+                _make(options, job, blocks, settings, verify)
+                return _report(NeighbourTable.open(options.output), time.monotonic() - started)
+    logger.info("%s is finished already: same bank and settings", options.output)
+    return _report(NeighbourTable.open(options.output), 0.0)
+
+
+def _make(
+    options: NeighbourOptions, job: Job, blocks: "NeighbourBlocks", settings: dict[str, Any], verify: str
+) -> None:
     bank = MemoryBank.open(options.bank, verify)
+    asking = MemoryBank.open(options.queries, verify) if options.queries else bank
+    held_out = held_out_copies(bank, options.held_out, options.duplicate)
     job.prepare(options.overwrite)
-    workers = options.workers or (1 if bank.documents < 20_000 else 0)
+    workers = options.workers or (1 if asking.documents < 20_000 else 0)
     run_units(blocks, job.work, workers)
-    _write_metadata(job.folder, bank, blocks.count)
-    sizes = {"documents": bank.documents, "rows": len(bank), "dim": bank.dim}
-    job.commit(settings | sizes, options.overwrite)
-    return _report(NeighbourTable.open(options.output), time.monotonic() - started)
+    _write_metadata(job.folder, bank, asking, blocks.count, held_out)
+    sizes = {"documents": asking.documents, "rows": len(bank), "dim": bank.dim}
+    foreign = {"foreign": bool(options.queries), "asking_rows": len(asking), "held_out": int(held_out.sum())}
+    job.commit(settings | sizes | foreign, options.overwrite)
 
 
-def plan(options: NeighbourOptions, bank: Manifest) -> "NeighbourBlocks":
+def held_out_copies(bank: MemoryBank, held_out: Sequence[str], duplicate: float) -> np.ndarray:
+    """bool [rows]: documents of `bank` that are copies of one in the banks `held_out`: the same picture, the same
+    caption, or a document vector within `duplicate` of its nearest ones.
+
+    Raises DataError for a bank of another encoder.
+    """
+    copies = np.zeros(len(bank), bool)
+    for folder in held_out:
+        other = MemoryBank.open(folder)
+        _same_encoder(bank, other)
+        copies |= np.isin(bank.metadata.captions, np.asarray(other.metadata.captions))
+        pictures = set(_pictures(other))
+        copies |= np.fromiter((name in pictures for name in _pictures(bank)), bool, len(bank))
+        for start in range(0, len(other), _QUERIES):
+            vectors = other.embeddings.documents(np.arange(start, min(start + _QUERIES, len(other))))
+            scores, ids = bank.search(vectors, min(_NEAR, len(bank)))
+            copies[bank.metadata.rows(ids[(scores >= duplicate) & (ids >= 0)])] = True
+    return copies
+
+
+def _pictures(bank: MemoryBank) -> Iterator[str]:
+    for part, rows in enumerate(bank.settings["parts"]):
+        if rows:
+            yield from bank.table(part, ["image_sha256"])["image_sha256"].to_pylist()
+
+
+def _same_encoder(bank: "MemoryBank | Manifest", other: "MemoryBank | Manifest") -> None:
+    # Vectors of two encoders have nothing to do with each other, though all numbers fit.
+    if bank.inputs["encoder"] != other.inputs["encoder"] or bank.settings["dim"] != other.settings["dim"]:
+        raise DataError(
+            f"two banks of different encoders: {bank.inputs['encoder'][:12]} and {other.inputs['encoder'][:12]}; "
+            "make both with the same --encoder"
+        )
+
+
+def plan(options: NeighbourOptions, bank: Manifest, asking: Manifest) -> "NeighbourBlocks":
     """The units of a job, and the encoder that makes its text queries.
 
     Raises DataError for an encoder that is not the bank's, ConfigError where one is needed and there is none.
     """
+    _same_encoder(bank, asking)
     own = Path(options.bank) / "encoder"
     encoder = options.encoder or (str(own) if own.is_dir() else "")
     if encoder:
@@ -137,7 +201,7 @@ def plan(options: NeighbourOptions, bank: Manifest) -> "NeighbourBlocks":
             f"{options.bank} holds no encoder (precomputed vectors); give --encoder DIR, or --query-dropout 0 "
             "--text-variants 1 to query with the stored text vectors"
         )
-    documents = int(bank.settings["documents"])
+    documents = int(asking.settings["documents"])
     block = options.block or min(1 << 20, max(4096, 1 << math.ceil(math.log2(max(1, documents / 64)))))
     return NeighbourBlocks(options, encoder, documents, block)
 
@@ -149,6 +213,7 @@ class NeighbourBlocks:
     options: NeighbourOptions
     encoder: str
     documents: int
+    """Of the store that asks."""
     block: int
     stage: str = "neighbours"
 
@@ -160,11 +225,12 @@ class NeighbourBlocks:
     def make(self, folder: Path, number: int) -> list[Path]:
         """Write the lists of one block."""
         bank = MemoryBank.open(self.options.bank, verify="none")
+        asking = MemoryBank.open(self.options.queries, verify="none") if self.options.queries else bank
         first = number * self.block
         doc_ids = np.arange(first, min(first + self.block, self.documents))
-        rows = bank.metadata.rows(doc_ids)
+        rows = asking.metadata.rows(doc_ids)
         held = np.flatnonzero(rows >= 0)
-        search = _Search(bank, self.options, doc_ids[held], rows[held])
+        search = _Search(bank, asking, self.options, doc_ids[held], rows[held])
         encoder = Encoder.load(self.encoder, self.options.device) if self.encoder else None
         scores, image_ids = search.by_image()
         written = [self._write(folder, IMAGE, 0, number, len(doc_ids), held, scores, image_ids)]
@@ -211,26 +277,29 @@ def _save(path: Path, array: np.ndarray) -> Path:
 class _Search:
     """The searches of one block."""
 
-    def __init__(self, bank: MemoryBank, options: NeighbourOptions, doc_ids: np.ndarray, rows: np.ndarray) -> None:
-        self._bank, self._options = bank, options
+    def __init__(
+        self, bank: MemoryBank, asking: MemoryBank, options: NeighbourOptions, doc_ids: np.ndarray, rows: np.ndarray
+    ) -> None:
+        """`doc_ids`, `rows`: the documents that ask, of the bank `asking`, which may be `bank` itself."""
+        self._bank, self._asking, self._options = bank, asking, options
         self._doc_ids, self._rows = doc_ids, rows
         self.copies = np.zeros((0, 2), np.int64)
         """Pairs of a document and a copy of it, found so far by vectors."""
 
     def by_image(self) -> tuple[np.ndarray, np.ndarray]:
         """Scores float32 and ids int64 [n, keep] by the documents' pictures."""
-        return self._search(lambda part: self._bank.embeddings.take("image", self._rows[part]))
+        return self._search(lambda part: self._asking.embeddings.take("image", self._rows[part]))
 
     def by_text(self, encoder: Encoder | None, variant: int) -> tuple[np.ndarray, np.ndarray]:
         """The same by their captions with dropped tokens, or by the stored text vectors without an encoder."""
         if encoder is None:
-            return self._search(lambda part: self._bank.embeddings.take("text", self._rows[part]))
+            return self._search(lambda part: self._asking.embeddings.take("text", self._rows[part]))
         return self._search(lambda part: self._text_queries(encoder, variant, part))
 
     def _text_queries(self, encoder: Encoder, variant: int, part: slice) -> np.ndarray:
         # Documents of a block that are in the bank are neighbours there, too.
         rows, options = self._rows[part], self._options
-        captions = self._bank.captions(int(rows[0]), int(rows[-1]) + 1)
+        captions = self._asking.captions(int(rows[0]), int(rows[-1]) + 1)
         pairs = zip(self._doc_ids[part].tolist(), encoder.tokenize(captions), strict=True)
         dropped = [drop_tokens(row, options.query_dropout, options.seed, doc_id, variant) for doc_id, row in pairs]
         return encoder.encode_tokens(dropped, options.batch)
@@ -268,9 +337,10 @@ class _Search:
         metadata, keep = self._bank.metadata, self._options.keep
         rows = metadata.rows(ids)
         clusters, captions = metadata.clusters[rows], metadata.captions[rows]
-        good = (ids >= 0) & (rows != own[:, None])
-        good &= clusters != metadata.clusters[own][:, None]
-        good &= captions != metadata.captions[own][:, None]
+        good = (ids >= 0) & (captions != self._asking.metadata.captions[own][:, None])
+        if self._asking is self._bank:
+            # Numbers of documents and clusters mean something within one bank alone.
+            good &= (rows != own[:, None]) & (clusters != metadata.clusters[own][:, None])
         better = np.tri(ids.shape[1], k=-1, dtype=bool)
         for part in range(0, len(ids), _COMPARED):
             block = slice(part, part + _COMPARED)
@@ -298,11 +368,11 @@ class _Search:
         for start in range(0, len(ids), _COMPARED):
             part = slice(start, start + _COMPARED)
             rows = self._bank.metadata.rows(ids[part])
-            vectors = self._vectors(np.concatenate([own[part, None], np.maximum(rows, 0)], 1))
-            cosines = np.einsum("nd,nkd->nk", vectors[:, 0], vectors[:, 1:])
+            mine = self._asking.embeddings.documents(own[part])
+            cosines = np.einsum("nd,nkd->nk", mine, self._vectors(np.maximum(rows, 0)))
             near[part] = (rows >= 0) & (cosines >= self._options.duplicate)
         document, candidate = np.nonzero(near)
-        pairs = np.stack([self._bank.metadata.doc_ids[own[document]], ids[document, candidate]], 1)
+        pairs = np.stack([self._asking.metadata.doc_ids[own[document]], ids[document, candidate]], 1)
         self.copies = np.concatenate([self.copies, pairs])
         return near
 
@@ -329,11 +399,14 @@ def drop_tokens(tokens: list[int], share: float, seed: int, doc_id: int, variant
     return [token for token, keep in zip(tokens, kept.tolist(), strict=True) if keep]
 
 
-def _write_metadata(folder: Path, bank: MemoryBank, blocks: int) -> None:
-    metadata = bank.metadata
-    pairs = np.concatenate([np.load(copies_path(folder, number)) for number in range(blocks)])
-    clusters = join_clusters(np.asarray(metadata.clusters), metadata.rows(pairs))
-    arrays = {"doc_ids": metadata.doc_ids, "captions": metadata.captions, "clusters": clusters}
+def _write_metadata(folder: Path, bank: MemoryBank, asking: MemoryBank, blocks: int, held_out: np.ndarray) -> None:
+    metadata, clusters = bank.metadata, np.asarray(bank.metadata.clusters)
+    if asking is bank:
+        pairs = np.concatenate([np.load(copies_path(folder, number)) for number in range(blocks)])
+        clusters = join_clusters(clusters, metadata.rows(pairs))
+    arrays = {"doc_ids": metadata.doc_ids, "captions": metadata.captions, "clusters": clusters, "held_out": held_out}
+    if asking is not bank:
+        arrays |= {f"{ASKING}/{name}": getattr(asking.metadata, name) for name in ("doc_ids", "captions")}
     for name, array in arrays.items():
         _save(folder / f"{name}.npy", np.asarray(array))
 

@@ -5,6 +5,8 @@
     NEIGHBOURS/text-0/part-00000.{ids,scores}.npy           by its caption with tokens dropped, one folder a variant
     NEIGHBOURS/text-0/part-00000.alike.npy                  uint [n, 2 keep]: which candidates resemble one another
     NEIGHBOURS/{doc_ids,captions,clusters}.npy              as in the bank; clusters joined by vectors, too
+    NEIGHBOURS/held_out.npy                                 bool [rows]: copies of held-out documents, never drawn
+    NEIGHBOURS/asking/{doc_ids,captions}.npy                where the documents that ask are those of another bank
 
 A part holds `block` documents of the store by number; a document that is not in the bank has candidates -1. Candidates
 are the `keep` best but the document itself; every other filter is applied when sampling (sampler.py), which needs the
@@ -22,7 +24,7 @@ from megacm3.files import Manifest, read_manifest
 from megacm3.retrieval.bank import BankMetadata, load_array
 
 KIND = "neighbours"
-IMAGE, TEXT = "image", "text"
+IMAGE, TEXT, ASKING = "image", "text", "asking"
 MAX_KEEP = 32
 """Candidates of a list at most: two lists fill the 64 bits of `alike`."""
 
@@ -53,11 +55,17 @@ class NeighbourTable:
         """Fingerprints of bank, store and encoder."""
         self.fingerprint = manifest.fingerprint
         self.documents = int(self.settings["documents"])
-        """Documents of the store."""
+        """Documents of the store whose neighbours these are."""
+        self.foreign = bool(self.settings["foreign"])
+        """Whether the candidates are documents of another store (`inputs["candidates"]`)."""
         self.keep = int(self.settings["keep"])
         self.variants = int(self.settings["text_variants"])
         self._block = int(self.settings["block"])
         self.metadata = BankMetadata(folder, int(self.settings["rows"]))
+        """Of the candidates."""
+        asking = BankMetadata(folder / ASKING, int(self.settings["asking_rows"]))
+        self.asking = asking if self.foreign else self.metadata
+        """Of the documents that ask."""
         self._maps: dict[tuple[str, int, int, str], np.ndarray] = {}
 
     @staticmethod

@@ -2,7 +2,8 @@
 
 Two candidates by the document's picture and two by its caption (a variant drawn at random), best first, of which as
 many are drawn as the sample wants (CM3Leon 2.1: always three; order at random). Never drawn: the document itself, a
-copy of it (same cluster), one with its caption, one that scores above `max_score`, one too much like another one drawn.
+copy of it (same cluster), one with its caption, a copy of a held-out document, one that scores above `max_score`, one
+too much like another one drawn.
 A list with fewer than two fit candidates is made up for by the other one; where both are short, fewer are drawn.
 """
 
@@ -96,16 +97,21 @@ class _Candidates:
     """Candidates of one document and which of them go together."""
 
     def __init__(self, table: NeighbourTable, doc_id: int, ids: np.ndarray) -> None:
-        metadata = table.metadata
-        rows, own = metadata.rows(ids), int(metadata.rows(np.array([doc_id]))[0])
+        metadata, asking = table.metadata, table.asking
+        rows, own = metadata.rows(ids), int(asking.rows(np.array([doc_id]))[0])
         self.ids = ids
         self.alike = [0] * len(ids)
         """For each candidate, the bits of those that resemble it."""
         self._clusters, self._captions = metadata.clusters[rows], metadata.captions[rows]
-        self.allowed = (rows >= 0) & (ids != doc_id)
-        """bool: neither missing, nor the document itself, nor a copy of it, nor one with its caption."""
+        self.allowed = (rows >= 0) & ~metadata.held_out[rows]
+        """bool: neither missing, nor a copy of a held-out document, nor the document itself, nor a copy of it, nor one
+        with its caption."""
         if own >= 0:
-            self.allowed &= (self._clusters != metadata.clusters[own]) & (self._captions != metadata.captions[own])
+            self.allowed &= self._captions != asking.captions[own]
+        if not table.foreign:
+            self.allowed &= ids != doc_id
+        if own >= 0 and not table.foreign:
+            self.allowed &= self._clusters != metadata.clusters[own]
 
     def take(self, positions: list[int], most: int, drawn: list[int]) -> None:
         """Add positions to `drawn`, in their order, until it holds `most`; none that is like one in it."""
@@ -133,6 +139,11 @@ def open_sampler(
     Raises DataError when the neighbours are missing, damaged, or those of another store.
     """
     table = NeighbourTable.open(folder)
+    if table.foreign:
+        raise DataError(
+            f"{folder} holds the neighbours of held-out documents in another store, for evaluation; training needs "
+            "those of the store itself: tools/find_neighbours.py without --queries"
+        )
     if table.inputs.get("store") != store_fingerprint or len(table) != documents:
         raise DataError(
             f"{folder} holds the neighbours of store {table.inputs.get('store', '')[:12]} ({len(table)} documents); "

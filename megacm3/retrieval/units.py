@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 # A task of datatrove logs a dozen lines of its own; faults come back as exceptions.
 loguru.logger.disable("datatrove")
 
-DONE, FOLDER, LOG, PLAN = "done", "folder", "log", "plan.json"
+DONE, FOLDER, LOCK, LOG, PLAN = "done", "folder", "lock", "log", "plan.json"
 
 
 class Units(Protocol):
@@ -98,14 +98,44 @@ class Job:
             f"{self.output} exists and was made with {found}; give another --output, or --overwrite to replace it"
         )
 
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Hold the job: two runs on one folder would remove each other's unfinished files. Ends with the process.
+
+        Raises DataError while another process holds it.
+        """
+        import fcntl
+
+        path = self.work / LOCK
+        if self.work.exists() and not self.work.is_dir():
+            raise DataError(f"{self.work} is in the way; remove it")
+        while True:
+            self.work.mkdir(parents=True, exist_ok=True)
+            with open(path, "w") as lock:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError as fault:
+                    raise DataError(f"another process is at work on {self.output}; wait for it or end it") from fault
+                # The run that held it before may have finished and removed the file.
+                if not path.exists() or os.fstat(lock.fileno()).st_ino != path.stat().st_ino:
+                    continue
+                try:
+                    yield
+                finally:
+                    self._leave()
+                return
+
+    def _leave(self) -> None:
+        # Nothing stays of a job that never began.
+        if self.work.is_dir() and [path.name for path in self.work.iterdir()] == [LOCK]:
+            shutil.rmtree(self.work)
+
     def prepare(self, overwrite: bool = False) -> None:
         """Make the working folder, or keep what an interrupted run of the same job left in it.
 
         Raises DataError when it holds the work of another job, unless `overwrite` allows to discard it.
         """
         plan = {"kind": self.kind, "settings": _plain(self.settings), "inputs": self.inputs}
-        if self.work.exists() and not self.work.is_dir():
-            raise DataError(f"{self.work} is in the way; remove it")
         if (self.work / PLAN).is_file():
             found = difference(read_json(self.work / PLAN), plan)
             # Where no unit was finished, nothing is lost.
@@ -113,8 +143,10 @@ class Job:
             if found and not overwrite:
                 raise DataError(f"{self.work} holds unfinished work made with {found}; remove it, or give --overwrite")
             if found:
-                shutil.rmtree(self.work)
-        elif self.work.is_dir() and [path for path in self.work.rglob("*") if path.is_file()]:
+                for path in self.work.iterdir():
+                    if path.name != LOCK:
+                        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        elif self.work.is_dir() and [path for path in self.work.rglob("*") if path.is_file() and path.name != LOCK]:
             raise DataError(f"{self.work} is in the way and holds no unfinished work (no {PLAN}); remove it")
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(self.work / PLAN, plan)

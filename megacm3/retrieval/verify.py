@@ -107,13 +107,14 @@ def verify_neighbours(
     candidates = _check_lists(table)
     found = Path(bank) if bank else find_beside(Path(folder), BANK_KIND, table.inputs.get("bank", ""))
     recomputed = 0
-    if found is not None and share > 0:
+    asking = find_beside(Path(folder), BANK_KIND, table.inputs["queries"]) if table.foreign else None
+    if found is not None and share > 0 and (asking is not None or not table.foreign):
         opened = MemoryBank.open(found)
         if opened.fingerprint != table.inputs.get("bank"):
             raise DataError(
                 f"{folder} was made with bank {table.inputs.get('bank', '')[:12]}; {found} is {opened.fingerprint[:12]}"
             )
-        recomputed = _recompute(table, opened, str(encoder), share)
+        recomputed = _recompute(table, opened, str(asking or ""), str(encoder), share)
     return NeighbourCheck(len(table), 1 + table.variants, candidates, recomputed)
 
 
@@ -145,7 +146,7 @@ def _check_lists(table: NeighbourTable) -> int:
             own = np.arange(part * block, part * block + len(ids))[:, None]
             wrong = {
                 "a document that is not in the bank": (table.metadata.rows(ids) < 0) & there,
-                "a document as its own neighbour": ids == own,
+                "a document as its own neighbour": (ids == own) & (not table.foreign),
                 "scores that are not descending": np.pad(scores[:, 1:] > scores[:, :-1], ((0, 0), (1, 0))),
                 "a score of no candidate": np.isfinite(scores) != there,
                 "a score above 1": scores > 1.002,
@@ -157,11 +158,12 @@ def _check_lists(table: NeighbourTable) -> int:
     return total
 
 
-def _recompute(table: NeighbourTable, bank: MemoryBank, encoder: str, share: float) -> int:
+def _recompute(table: NeighbourTable, bank: MemoryBank, queries: str, encoder: str, share: float) -> int:
     names = ("keep", "search", "text_variants", "query_dropout", "alike", "duplicate", "block", "batch", "seed")
     settings = {name: table.settings[name] for name in names}
     manifest = read_manifest(bank.folder, BANK_KIND)
-    blocks = plan(NeighbourOptions(bank=str(bank.folder), output="", encoder=encoder, **settings), manifest)
+    options = NeighbourOptions(bank=str(bank.folder), output="", encoder=encoder, queries=queries, **settings)
+    blocks = plan(options, manifest, read_manifest(queries, BANK_KIND) if queries else manifest)
     rng = np.random.default_rng(seed_from("verify neighbours", table.fingerprint))
     chosen = rng.choice(blocks.count, max(1, math.ceil(share * blocks.count)), replace=False)
     documents = 0

@@ -176,7 +176,7 @@ def test_blocks_change_nothing_but_the_files(made, table, tmp_path):
 
 def test_interrupted_work_goes_on_to_the_same_bytes(made, bank, tmp_path):
     options = made.neighbour_options(tmp_path / "n")
-    blocks = plan(options, read_manifest(made.bank, "bank"))
+    blocks = plan(options, *[read_manifest(made.bank, "bank")] * 2)
     names = ("keep", "search", "text_variants", "query_dropout", "alike", "duplicate", "batch", "seed")
     settings = {name: getattr(options, name) for name in names} | {"block": 20}
     inputs = {"bank": bank.fingerprint} | bank.inputs

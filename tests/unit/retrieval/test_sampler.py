@@ -22,7 +22,9 @@ def rng(*numbers: int) -> np.random.Generator:
     return np.random.default_rng(numbers)
 
 
-def write_table(folder: Path, image, text, alike=(), clusters=None, captions=None, documents=12, doc_ids=None):
+def write_table(
+    folder: Path, image, text, alike=(), clusters=None, captions=None, documents=12, doc_ids=None, held_out=()
+):
     """A table of one block whose document 0 has the given lists, {doc: score}; all others have none."""
     doc_ids = np.arange(documents) if doc_ids is None else np.asarray(doc_ids)
     lists = {"image": image, "text-0": text}
@@ -42,6 +44,8 @@ def write_table(folder: Path, image, text, alike=(), clusters=None, captions=Non
     np.save(folder / "clusters.npy", np.asarray(clusters if clusters is not None else doc_ids))
     np.save(folder / "captions.npy", np.asarray(captions if captions is not None else doc_ids + 100, np.uint64))
     settings = {"documents": documents, "rows": len(doc_ids), "keep": KEEP, "text_variants": 1, "block": documents}
+    np.save(folder / "held_out.npy", np.isin(doc_ids, held_out))
+    settings |= {"foreign": False, "asking_rows": len(doc_ids)}
     write_manifest(folder, KIND, settings, {"store": "abc"})
     return NeighbourTable.open(folder)
 
@@ -52,6 +56,12 @@ def drawn(table, doc=0, draws=60, **given) -> set[int]:
 
 
 IMAGE, TEXT = {1: 0.8, 2: 0.7, 3: 0.6, 4: 0.5}, {5: 0.8, 6: 0.7, 7: 0.6, 8: 0.5}
+
+
+def test_copies_of_held_out_documents_are_never_drawn(tmp_path):
+    table = write_table(tmp_path / "n", IMAGE, TEXT, held_out=(1, 5, 9))
+    assert drawn(table) == {2, 3, 6, 7}
+    assert drawn(table, mode="random", draws=300) == set(range(1, 12)) - {1, 5, 9}
 
 
 def test_three_of_the_best_two_and_two_are_drawn(tmp_path):

@@ -139,6 +139,31 @@ def test_unfinished_work_of_another_job_is_refused_or_discarded(tmp_path):
     made.prepare()
 
 
+def test_two_runs_on_one_folder_are_refused(tmp_path):
+    made, other = job(tmp_path), job(tmp_path)
+    with made.alone():
+        with pytest.raises(DataError, match="another process is at work"), other.alone():
+            pass
+        finish(made, Squares(), 1)
+    assert not made.work.exists()
+    with other.alone():
+        assert other.finished() is not None
+    assert not made.work.exists()
+
+
+def test_a_lock_whose_holder_was_killed_is_free(tmp_path):
+    made = job(tmp_path)
+    code = (
+        "import os, sys; from pathlib import Path; from tests.unit.retrieval.test_units import job\n"
+        "made = job(Path(sys.argv[1])); lock = made.alone(); lock.__enter__(); made.prepare(); os._exit(1)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, check=False, timeout=120)
+    assert (made.work / "lock").is_file()
+    with made.alone():
+        finish(made, Squares(), 1)
+    assert made.output.is_dir() and not made.work.exists()
+
+
 def test_folders_that_are_in_the_way_are_left_alone(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("dear")
