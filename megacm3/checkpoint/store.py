@@ -99,7 +99,9 @@ def _checked(checkpoint: Checkpoint, context: ParallelContext) -> Checkpoint:
     for name in names[context.rank :: context.world]:
         found, wanted = sha256_file(folder / name), checkpoint.manifest.files[name]["sha256"]
         if found != wanted:
-            raise CheckpointError(f"{folder / name} is damaged: sha256 {found}; its manifest says {wanted}")
+            older = [path.name for path in discover(folder.parent) if path.name < folder.name]
+            way = f"; remove {folder.name} to go on from {older[0]}, the newest older valid step" if older else ""
+            raise CheckpointError(f"{folder / name} is damaged: sha256 {found}; its manifest says {wanted}{way}")
     return checkpoint
 
 

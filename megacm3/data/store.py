@@ -64,7 +64,8 @@ class StoreShape:
             raise DataError(f"a segment of {name} is empty")
         low, high = int(tokens.min()), int(tokens.max())
         if low < 0 or high >= size:
-            raise DataError(f"{name} ids {low}..{high} outside 0..{size - 1}")
+            first = int(np.flatnonzero((tokens < 0) | (tokens >= size))[0])
+            raise DataError(f"{name} ids {low}..{high} outside 0..{size - 1}, first at position {first}")
         if kind == IMAGE and len(tokens) != self.image_tokens:
             raise DataError(f"an image has {len(tokens)} codes; expected exactly {self.image_tokens}")
 
@@ -179,7 +180,8 @@ class Store:
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_parts": OrderedDict()}
 
-    def _locate(self, doc_id: int) -> tuple[Part, int]:
+    def _locate(self, doc_id: int) -> tuple[Part, int, int]:
+        """The part, its number, and the document's row in it."""
         if not 0 <= doc_id < len(self):
             raise DataError(f"document {doc_id} is not in {self.folder}; expected 0..{len(self) - 1}")
         number = int(np.searchsorted(self._starts, doc_id, side="right")) - 1
@@ -188,7 +190,7 @@ class Store:
             part = self._parts[number] = self.part(number)
             if len(self._parts) > _OPEN_PARTS:
                 self._parts.popitem(last=False)
-        return part, doc_id - int(self._starts[number])
+        return part, number, doc_id - int(self._starts[number])
 
     def part(self, number: int) -> Part:
         """Open one part. Raises DataError when it does not hold what the manifest says."""
@@ -198,14 +200,21 @@ class Store:
         return part
 
     def document(self, doc_id: int) -> Document:
-        """Document `doc_id` with its tokens. Raises DataError for a number outside the store."""
-        part, row = self._locate(doc_id)
+        """Document `doc_id` with its tokens. Raises DataError for a number outside the store, and for tokens outside
+        the vocabulary, which would be other tokens, or none, once they are ids.
+        """
+        part, number, row = self._locate(doc_id)
         segments = part.segments(row)
+        for mode, tokens in segments:
+            try:
+                self.shape.check(mode, tokens)
+            except DataError as fault:
+                raise DataError(f"{self.folder}/tokens/{part_name(number)}: document {row}: {fault}") from fault
         return Document(doc_id, tuple(Segment(mode & 1, tokens, bool(mode & ANSWER)) for mode, tokens in segments))
 
     def segment_lengths(self, doc_id: int) -> list[tuple[int, int]]:
         """(mode, length) of each segment of document `doc_id` (documents.Shape); reads the index only."""
-        part, row = self._locate(doc_id)
+        part, _, row = self._locate(doc_id)
         return part.segment_lengths(row)
 
     def longest(self) -> int:

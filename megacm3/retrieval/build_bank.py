@@ -15,6 +15,7 @@ import numpy as np
 from megacm3.command import seed_from
 from megacm3.data.store import Store
 from megacm3.errors import ConfigError, DataError
+from megacm3.faults import strike
 from megacm3.files import Manifest, new_file, sha256_json, write_json
 from megacm3.retrieval import backends
 from megacm3.retrieval import index as indexes
@@ -173,6 +174,7 @@ class AddShards:
 
     def make(self, folder: Path, number: int) -> list[Path]:
         """Write one shard."""
+        strike("bank.shard", number=number)
         embeddings = Embeddings(folder, self.rows)
         first = number * self.shard_rows
         wanted = np.arange(first, min(first + self.shard_rows, len(embeddings)))
