@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megacm3.checkpoint.commit import abandon, begin, commit, remove_retired, temporary_folder
+from megacm3.checkpoint.commit import abandon, begin, commit, discover, remove_retired, temporary_folder
 from megacm3.checkpoint.merged import is_adapter
 from megacm3.checkpoint.pieces import Piece, index_of, joined_boxes, manifest_settings, trained_numel
 from megacm3.checkpoint.reader import Checkpoint, Weights, key_of

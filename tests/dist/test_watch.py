@@ -26,6 +26,7 @@ def watched(keys: list[str], slow_rank: int = -1) -> dict[str, Any]:
     figures = ranks.gather(0.0)
     return {
         "gains": figures.gains,
+        "forward": figures.forward,
         "memory": figures.memory,
         "slow": ranks.slow(figures),
         "positions": result.positions.tolist(),
@@ -51,6 +52,7 @@ def test_figures_are_alike_in_every_layout() -> None:
     layouts = [keys(3), keys(1, parallel__tensor=2, parallel__sequence="true"), keys(1, parallel__pipeline=2)]
     for layout in layouts:
         for answer in run_distributed(watched, 2, keys=layout):
+            assert len(answer["forward"]) == 2 and min(answer["forward"]) > 0
             assert answer["gains"] == pytest.approx(one["gains"], rel=1e-5), layout
             assert answer["positions"][1] == one["positions"][1]
             assert answer["positions"][0] == pytest.approx(one["positions"][0], rel=1e-5)
