@@ -31,7 +31,12 @@ def layout_lines(plan: Plan) -> list[str]:
     """How the ranks are cut."""
     layout = plan.layout
     again = sequence_flops(plan.config.model, layout.recompute) / sequence_flops(plan.config.model) - 1
+    choice = plan.config.train.parameters
+    frozen = (
+        [] if choice == "all" else [f"train.parameters = {choice}: less trains than is counted here; an upper bound"]
+    )
     return [
+        *frozen,
         f"{layout.world} ranks: tensor {layout.tensor}{' with sequence parallel' if layout.sequence else ''}, data "
         f"{layout.data}, pipeline {layout.pipeline}, ZeRO {layout.zero}, recompute {layout.recompute} "
         f"(+{again:.0%} FLOPs)",

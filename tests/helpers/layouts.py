@@ -168,11 +168,16 @@ def whole(answers: list[dict[str, Any]], key: str) -> tuple[dict[str, torch.Tens
     return tensors, differing
 
 
+def path_of(zero: int | str) -> Path:
+    """The file of ds_configs/ for a ZeRO stage, or of that name."""
+    return ROOT / "ds_configs" / (f"zero{zero}.json" if isinstance(zero, int) else f"{zero}.json")
+
+
 def trained(
     world: int, overrides: list[str], *, zero: int | str = 1, ds: dict[str, Any] | None = None, fault: str = ""
 ) -> Run:
     """`STEPS` steps on `world` ranks. ds: keys put over the ZeRO stage's JSON."""
-    path = ROOT / "ds_configs" / (f"zero{zero}.json" if isinstance(zero, int) else f"{zero}.json")
+    path = path_of(zero)
     with tempfile.TemporaryDirectory() as folder:
         if ds:
             path = _merged(path, ds, Path(folder))

@@ -209,3 +209,54 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     for path, part in ((tmp_path / "none.json", "does not exist"), (broken, "is not JSON"), (listed, "no JSON object")):
         with pytest.raises(ConfigError, match=part):
             read_deepspeed_json(config(ds=path))
+
+
+@pytest.mark.parametrize(
+    "ranks, overrides, parts",
+    [
+        (3, ["parallel.tensor=3"], ["parallel.tensor = 3", "model.heads = 8 is not divisible", "6 or 9"]),
+        (8, ["parallel.tensor=8"], ["parallel.tensor = 8 is more than model.kv_heads = 4", "at most"]),
+        (3, ["parallel.pipeline=3"], ["model.layers = 4 is not divisible", "parallel.pipeline = 3", "3 or 6"]),
+        (4, ["parallel.tensor=4", "model.vocab_size=510"], ["model.vocab_size = 510 is not divisible", "508 or 512"]),
+        (
+            4,
+            ["parallel.tensor=4", "parallel.sequence=true", "model.sequence_length=62"],
+            ["model.sequence_length = 62 is not divisible", "60 or 64"],
+        ),
+        (2, ["parallel.pipeline=2", "deepspeed={ds}/zero2.json"], ["ZeRO stage 2", "zero1.json", LEGAL]),
+        (2, ["parallel.pipeline=2", "deepspeed={ds}/zero3.json"], ["ZeRO stage 3", "zero1.json", LEGAL]),
+        (2, ["parallel.pipeline=2", "train.dtype=bf16", "deepspeed={ds}/zero0.json"], ["ZeRO stage 0", LEGAL]),
+        (1, ["deepspeed={tmp}/ds.json"], ["gradient_clipping = 0.5 contradicts optimizer.clip (= 1.0)", '"auto"']),
+        (6, ["parallel.tensor=4"], ["6 processes cannot be cut", "a multiple of 4"]),
+        (3, [], ["train.global_batch = 8", "3 data-parallel ranks", "6 or 9"]),
+        (1, ["log.replicas_every=0"], ["log.replicas_every = 0", "at least 1"]),
+    ],
+    ids=lambda value: "+".join(value) if isinstance(value, list) and value and "=" in value[0] else "",
+)
+def test_a_launch_is_refused_before_any_process_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: int, overrides: list[str], parts: list[str]
+) -> None:
+    """What a launcher's script asks first: `megacm3.train --dry-run RANKS`. Neither processes nor groups nor files."""
+    import os
+    import subprocess
+
+    import torch.distributed as dist
+
+    from megacm3.train import main
+
+    tree = json.loads((ROOT / "ds_configs" / "zero1.json").read_text()) | {"gradient_clipping": 0.5}
+    (tmp_path / "ds.json").write_text(json.dumps(tree))
+    (tmp_path / "config.yaml").write_text("model: {preset: tiny_chameleon_34b}\n")
+    out = tmp_path / "out"
+    asked = [text.format(ds=ROOT / "ds_configs", tmp=tmp_path) for text in overrides]
+
+    def started(*_: Any, **__: Any) -> None:
+        raise AssertionError("a process was started")
+
+    monkeypatch.setattr(os, "fork", started)
+    monkeypatch.setattr(subprocess, "Popen", started)
+    monkeypatch.setattr(dist, "init_process_group", started)
+    with pytest.raises(ConfigError) as caught:
+        main(["--dry-run", str(ranks), str(tmp_path / "config.yaml"), f"train.out={out}", *asked])
+    assert all(part in str(caught.value) for part in parts), str(caught.value)
+    assert not out.exists() and not dist.is_initialized()
