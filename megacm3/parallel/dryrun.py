@@ -148,7 +148,7 @@ def count_once(reports: list[RankReport]) -> int:
 
 def _rank_report(config: Config, context: ParallelContext) -> RankReport:
     state = LossState()
-    kinds = torch.zeros(config.model.vocab_size, dtype=torch.uint8)
+    kinds = torch.zeros(config.model.vocab_size, dtype=torch.uint8, device="cpu")
     forward, modules = _stage(list_stages(config, context, kinds, state), context)
     held = [part for module in modules for _, part in named_parts(module)]
     report = RankReport(

@@ -51,7 +51,7 @@ def test_the_real_network_has_these_tensors(name: str) -> None:
     prepare(torch.device("cpu"))
     config = load_config(None, [f"model.preset={name}"])
     with pretending(META), fake_world(1, 0):
-        kinds = torch.zeros(config.model.vocab_size, dtype=torch.uint8)
+        kinds = torch.zeros(config.model.vocab_size, dtype=torch.uint8, device="cpu")
         network = Network(list_stages(config, build_context(config, META), kinds, LossState()))
     assert all(parameter.is_meta for parameter in network.parameters())
     found = {part.name: part.global_shape for _, part in named_parts(network)}
