@@ -5,6 +5,7 @@ but are no added tokens and no merge makes them: text cannot become an image id.
 """
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from megacm3.tokenizers.vocabulary import Vocabulary, image_name
 
 RELEASED = {"<break>": "<racm3:break>", "<end-of-turn>": "<reserved08706>"}
 """Our names of Chameleon's specials -> those of the released tokenizer."""
+_PLAIN = dict.fromkeys(("lstrip", "rstrip", "normalized", "single_word"), False)
 _PROBES = (
     "a red apple on a white plate",
     "  Two  spaces, tabs\tand\nlines. ",
@@ -41,7 +43,10 @@ def write_tokenizer(folder: Path, text_tokenizer: Path, vocabulary: Vocabulary, 
     names = {i: name for name, i in tree["model"]["vocab"].items()}
     tree["post_processor"] = _opening(names[vocabulary.bos], vocabulary.bos)
     write_json(folder / "tokenizer.json", tree)
-    special = [names[i] for _, i in vocabulary.special]
+    if kind != "chameleon":
+        # llama.cpp's converter reads pieces and scores from here; transformers prefers tokenizer.json.
+        shutil.copyfile(text_tokenizer / MODEL, folder / "tokenizer.model")
+    special = {i: names[i] for _, i in vocabulary.special}
     main = {
         "bos_token": names[vocabulary.bos],
         "eos_token": names[vocabulary.eos],
@@ -51,7 +56,9 @@ def write_tokenizer(folder: Path, text_tokenizer: Path, vocabulary: Vocabulary, 
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         **main,
-        "extra_special_tokens": [name for name in special if name not in main.values()],
+        "extra_special_tokens": [name for name in special.values() if name not in main.values()],
+        "added_tokens_decoder": {str(i): _PLAIN | {"content": name, "special": True} for i, name in special.items()},
+        "add_prefix_space": False,
         "model_max_length": length,
         "padding_side": "left",
         "clean_up_tokenization_spaces": False,

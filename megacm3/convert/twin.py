@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 MODULE = "modeling_megacm3"
-AUTO_MAP = {"AutoModelForCausalLM": f"{MODULE}.MegaCM3ForCausalLM"}
-"""Field of config.json by which `AutoModelForCausalLM` finds the class in the folder (trust_remote_code=True)."""
+AUTO_MAP = {"AutoModel": f"{MODULE}.MegaCM3Model", "AutoModelForCausalLM": f"{MODULE}.MegaCM3ForCausalLM"}
+"""Field of config.json by which the auto classes find ours in the folder, with trust_remote_code=True; without it
+`AutoModel` gives transformers' own. vLLM builds the model by `AutoModel` and puts its own head on it."""
 
 
 def ship(folder: Path) -> None:

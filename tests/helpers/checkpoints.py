@@ -9,7 +9,9 @@ from megacm3.checkpoint.reader import Checkpoint
 from megacm3.checkpoint.reshard import write_checkpoint
 from megacm3.config import Config
 from megacm3.convert.names import export_kind, names
+from megacm3.files import MANIFEST, read_json, write_manifest
 from megacm3.resolve import load_config
+from megacm3.tokenizers.vocabulary import Vocabulary
 
 KINDS = {"param": torch.bfloat16, "master": torch.float32, "exp_avg": torch.float32, "exp_avg_sq": torch.float32}
 
@@ -61,3 +63,10 @@ def assert_holds(folder: Path, tensors: dict[tuple[str, str], torch.Tensor]) -> 
         out = torch.empty_like(wanted)
         checkpoint.read(kind, name, whole(tuple(wanted.shape)), out)
         assert torch.equal(out, wanted), (kind, name)
+
+
+def with_vocabulary(native: Path, vocabulary: Vocabulary) -> None:
+    """Put a table of ids into a checkpoint, as the trainer saves it."""
+    manifest = read_json(native / MANIFEST)
+    settings = manifest["settings"] | {"state": {"step": 7, "vocabulary": vocabulary.to_json()}}
+    write_manifest(native, "checkpoint", settings, {}, manifest["files"])

@@ -9,7 +9,10 @@ import torch
 from safetensors.torch import load_file
 
 from megacm3.convert.from_hf import from_hf, opened
+from megacm3.convert.to_hf import Export, to_hf
+from megacm3.tokenizers.vocabulary import Vocabulary
 from tests.helpers import tiny_models
+from tests.helpers.checkpoints import tiny, with_vocabulary, write_random
 
 KINDS = ("opt", "llama", "qwen3", "chameleon", "swin")
 VOCABULARY = 300
@@ -69,3 +72,18 @@ def import_hf(folder: Path, output: Path, tensor: int = 1, pipeline: int = 1, **
     """As the command does, without its gate."""
     with opened(folder, output, **options) as source:  # type: ignore[arg-type]
         return from_hf(source, output, tensor, pipeline)
+
+
+def exported(folder: Path, output: Path) -> Path:
+    """A folder's weights exported again, by way of a native checkpoint: `output`/hf."""
+    return to_hf(Export.of(import_hf(folder, output / "native")), output / "hf")
+
+
+def export_with_tokenizers(output: Path, preset: str = "tiny_cm3leon", **model: object) -> Path:
+    """A random model's whole export, tokenizers inside: `output`/hf."""
+    output.mkdir(exist_ok=True)
+    tiny_models.save_tokenizers(output, 320)
+    write_random(tiny(preset, vocab_size=512, **model), output / "native")
+    with_vocabulary(output / "native", Vocabulary.cm3leon(320, 32, 160, sentinels=64, image_tokens=16))
+    folders = {role: str(output / role) for role in ("text_tokenizer", "image_tokenizer")}
+    return to_hf(Export.of(output / "native", "float32", folders), output / "hf")

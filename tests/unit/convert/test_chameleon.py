@@ -1,6 +1,9 @@
 """Exports of Chameleon runs: image tokenizer inside, the causal twin beside."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +15,7 @@ from megacm3.convert.twin import register
 from megacm3.convert.verify import compare
 from megacm3.convert.vq import VqModel
 from megacm3.tokenizers.vocabulary import Vocabulary
-from tests.helpers.checkpoints import tiny, write_random
+from tests.helpers.checkpoints import tiny, with_vocabulary, write_random
 from tests.unit.convert.conftest import build, import_hf, tensors
 
 Folders = Callable[[str], Path]
@@ -54,7 +57,7 @@ def test_a_trained_run_exports_with_its_image_tokenizer(image_tokenizer: Path, t
     config = tiny("tiny_chameleon_34b", vocab_size=700)
     native = tmp_path / "native"
     write_random(config, native)
-    _with_vocabulary(native, vocabulary)
+    with_vocabulary(native, vocabulary)
     export = Export.of(native, "float32", {"image_tokenizer": str(image_tokenizer)})
     output = to_hf(export, tmp_path / "hf", gate=lambda f: _gate(export, f))
     model, info = ChameleonForConditionalGeneration.from_pretrained(output, output_loading_info=True)
@@ -69,15 +72,6 @@ def test_a_trained_run_exports_with_its_image_tokenizer(image_tokenizer: Path, t
     assert sidecar["image_size"] == 32 and sidecar["grid"] == [8, 8] and (output / "image_tokenizer").is_dir()
 
 
-def _with_vocabulary(native: Path, vocabulary: Vocabulary) -> None:
-    """As the trainer saves it."""
-    from megacm3.files import MANIFEST, write_manifest
-
-    manifest = json.loads((native / MANIFEST).read_text())
-    settings = manifest["settings"] | {"state": {"step": 7, "vocabulary": vocabulary.to_json()}}
-    write_manifest(native, "checkpoint", settings, {}, manifest["files"])
-
-
 def _gate(export: Export, folder: Path) -> None:
     assert compare(export.checkpoint, export.config, folder, kind=export.source_kind, dtype=export.dtype).largest < 1e-5
 
@@ -88,7 +82,7 @@ def test_without_a_fitting_tokenizer_pictures_go_as_ids(
 ) -> None:
     native = tmp_path / "native"
     write_random(tiny("tiny_chameleon_7b", vocab_size=700), native)
-    _with_vocabulary(native, Vocabulary.chameleon(700, 64, 64))
+    with_vocabulary(native, Vocabulary.chameleon(700, 64, 64))
     export = Export.of(native)
     assert "its vqmodel is blank: the run has no image tokenizer" in caplog.text
     to_hf(export, tmp_path / "hf", gate=lambda f: _gate(export, f))
@@ -126,13 +120,33 @@ def test_the_twin_shows_all_logits_and_can_be_fine_tuned(kind: str, folders: Fol
     assert twin.supports_tp_plan and twin._tp_plan["model.layers.*.mlp.up_proj"] == "colwise"
 
 
-def test_the_twin_is_remote_code_too(folders: Folders, tmp_path: Path) -> None:
-    from transformers import AutoConfig
-    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+ELSEWHERE = """
+import sys, torch
+sys.modules["megacm3"] = None  # as if it were not installed
+from transformers import AutoModel, AutoModelForCausalLM
+folder = sys.argv[1]
+model, info = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
+assert not info["missing_keys"] and not info["unexpected_keys"], info
+bare = AutoModel.from_pretrained(folder, trust_remote_code=True)
+assert type(bare).__name__ == "MegaCM3Model" and type(AutoModel.from_pretrained(folder)).__name__ == "ChameleonModel"
+# What vLLM's backend for transformers' models asks of a class.
+assert model.is_backend_compatible() and model.supports_pp_plan and bare.tp_plan["layers.*.mlp.up_proj"] == "colwise"
+images = list(range(4, 36))
+ids = torch.tensor([[600, 601, 602]])
+said = model.generate(ids, max_new_tokens=16, do_sample=True, prefix_allowed_tokens_fn=lambda batch, sent: images)
+assert said.shape == (1, 19) and set(said[0, 3:].tolist()) <= set(images)
+torch.save(model(input_ids=ids).logits, sys.argv[2])
+"""
 
+
+@pytest.mark.long
+def test_the_twin_is_remote_code_where_megacm3_is_not_installed(folders: Folders, tmp_path: Path) -> None:
     output = to_hf(Export.of(import_hf(folders("chameleon"), tmp_path / "native")), tmp_path / "hf")
-    config = AutoConfig.from_pretrained(output)
-    reference = config.auto_map["AutoModelForCausalLM"]
-    assert config.model_type == "chameleon" and reference == "modeling_megacm3.MegaCM3ForCausalLM"
-    remote = get_class_from_dynamic_module(reference, str(output))
-    assert remote.from_pretrained(output)(input_ids=torch.tensor([[4, 5, 6]])).logits.shape == (1, 3, 700)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-P", "-c", ELSEWHERE, str(output), str(tmp_path / "logits.pt")]
+    ended = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    with torch.no_grad():
+        ours = register().from_pretrained(output)(input_ids=torch.tensor([[600, 601, 602]])).logits
+    assert torch.equal(torch.load(tmp_path / "logits.pt", weights_only=True), ours)

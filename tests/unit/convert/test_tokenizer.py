@@ -7,12 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from megacm3.convert.to_hf import Export, to_hf
 from megacm3.convert.tokenizer import write_tokenizer
 from megacm3.tokenizers.text import TextTokenizer, train_text_tokenizer
 from megacm3.tokenizers.vocabulary import Vocabulary, image_name
-from tests.helpers.checkpoints import tiny, write_random
-from tests.helpers.tiny_models import TEXTS, save_tokenizers
+from tests.helpers.tiny_models import TEXTS
+from tests.unit.convert.conftest import export_with_tokenizers
 
 ALPHABET = list("abcdefghij  ABC123.,!?-'\n\t") + [
     "ß",
@@ -74,33 +73,16 @@ def test_names_and_special_ids(text_tokenizer: Path, tmp_path: Path) -> None:
     assert chat == "</s>a red apple<end-of-turn>green"
 
 
-def test_a_whole_export_loads_by_the_auto_classes(tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+def test_a_batch_is_padded_on_the_left(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    save_tokenizers(tmp_path, 320)
-    table = Vocabulary.cm3leon(320, 32, 160, sentinels=64, image_tokens=16)
-    native = tmp_path / "native"
-    write_random(tiny("tiny_cm3leon", vocab_size=512), native)
-    from tests.unit.convert.test_chameleon import _with_vocabulary
-
-    _with_vocabulary(native, table)
-    folders = {role: str(tmp_path / role) for role in ("text_tokenizer", "image_tokenizer")}
-    output = to_hf(Export.of(native, "float32", folders), tmp_path / "hf")
-    names = {path.name for path in output.iterdir()}
-    assert names >= {
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "chat_template.jinja",
-        "text_tokenizer",
-        "image_tokenizer",
-    }
+    output = export_with_tokenizers(tmp_path)
     tokenizer, model = AutoTokenizer.from_pretrained(output), AutoModelForCausalLM.from_pretrained(output)
     batch = tokenizer(["a red apple", "a cat"], padding=True, return_tensors="pt")
-    assert batch["input_ids"][1][0] == table.pad
+    assert batch["input_ids"][1][0] == tokenizer.pad_token_id and batch["attention_mask"][1][0] == 0
     out = model.generate(**batch, max_new_tokens=4, do_sample=False)
-    assert out.shape[1] == batch["input_ids"].shape[1] + 4
-    said = pipeline("text-generation", model=model, tokenizer=tokenizer)("a red", max_new_tokens=3, do_sample=False)
-    assert said[0]["generated_text"].startswith("a red")
+    alone = model.generate(**tokenizer("a cat", return_tensors="pt"), max_new_tokens=4, do_sample=False)
+    assert torch.equal(out[1, -4:], alone[0, -4:])
 
 
 def test_chameleon_s_tokenizer_and_processor(tmp_path: Path) -> None:
