@@ -5,9 +5,9 @@ import json
 import math
 import os
 import struct
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,8 +37,14 @@ MAX_HEADER = 100_000_000
 CHUNK = 1 << 26
 """Bytes written and hashed at once."""
 
+FLUSH = 1 << 28
+"""Bytes after which the disk begins to write, so that little is left to wait for at the end."""
+
 OPEN_FILES = 64
 """Files that `OpenFiles` keeps mapped."""
+
+_DONE: Future[Any] = Future()
+_DONE.set_result(None)
 
 
 @dataclass(frozen=True)
@@ -97,38 +103,51 @@ def write_tensors(
     """Write and fsync a safetensors file; return its manifest entry {"bytes", "sha256"}.
 
     entries: in file order. values: a tensor's data, row-major, in as many pieces as it likes. done: told the bytes of
-    each piece. Hashing runs beside the writing; without it "sha256" is empty.
+    each chunk. Reading, hashing and the disk's own writing run beside; without `hashed` "sha256" is empty.
     """
     digest = hashlib.sha256()
-    hashing: deque[Future[None]] = deque()
-    with open(path, "wb", buffering=0) as file, ThreadPoolExecutor(1) as beside:
-
-        def put(data: memoryview) -> None:
-            for low in range(0, len(data), CHUNK):
-                chunk = data[low : low + CHUNK]
-                if hashed:
-                    # One chunk may wait while the next is read and written: two of them are in memory at a time.
-                    hashing.append(beside.submit(digest.update, chunk))
-                    while len(hashing) > 1:
-                        hashing.popleft().result()
-                while chunk:
-                    chunk = chunk[file.write(chunk) :]
-            done(len(data))
-
-        put(memoryview(header_bytes(entries, metadata)))
-        for entry in entries:
-            written = 0
-            for tensor in values(entry):
-                assert tensor.dtype == entry.dtype, f"{entry.key}: {tensor.dtype} written as {entry.dtype}"
-                data = raw(tensor)
-                put(data)
-                written += len(data)
-            assert written == entry.bytes, f"{entry.key}: {written} bytes written of {entry.bytes}"
-        size = file.tell()
+    hashing = flushing = _DONE
+    unflushed = size = 0
+    with open(path, "wb", buffering=0) as file, ThreadPoolExecutor(3) as beside:
+        for chunk in _one_ahead(_chunks(entries, metadata, values), beside):
+            hashing.result()
+            hashing = beside.submit(digest.update, chunk) if hashed else _DONE
+            rest = chunk
+            while rest:
+                rest = rest[file.write(rest) :]
+            size, unflushed = size + len(chunk), unflushed + len(chunk)
+            if unflushed >= FLUSH and flushing.done():
+                flushing.result()
+                unflushed, flushing = 0, beside.submit(os.fdatasync, file.fileno())
+            done(len(chunk))
+        hashing.result()
+        flushing.result()
         os.fsync(file.fileno())
-        for last in hashing:
-            last.result()
     return {"bytes": size, "sha256": digest.hexdigest() if hashed else ""}
+
+
+def _chunks(
+    entries: Sequence[Entry], metadata: dict[str, str], values: Callable[[Entry], Iterator[torch.Tensor]]
+) -> Iterator[memoryview]:
+    """The bytes of a file, at most `CHUNK` at a time."""
+    yield memoryview(header_bytes(entries, metadata))
+    for entry in entries:
+        count = 0
+        for tensor in values(entry):
+            assert tensor.dtype == entry.dtype, f"{entry.key}: {tensor.dtype} written as {entry.dtype}"
+            data = raw(tensor)
+            count += len(data)
+            for low in range(0, len(data), CHUNK):
+                yield data[low : low + CHUNK]
+        assert count == entry.bytes, f"{entry.key}: {count} bytes written of {entry.bytes}"
+
+
+def _one_ahead(chunks: Iterator[memoryview], beside: Executor) -> Iterator[memoryview]:
+    """The same, each made while the one before it is in use; so two are in memory at a time."""
+    coming = beside.submit(next, chunks, None)
+    while (chunk := coming.result()) is not None:
+        coming = beside.submit(next, chunks, None)
+        yield chunk
 
 
 def read_header(path: Path, error: type[Megacm3Error] = CheckpointError) -> dict[str, dict[str, Any]]:

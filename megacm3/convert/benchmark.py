@@ -91,9 +91,9 @@ def random_checkpoint(folder: Path, preset: str, tensor: int, pipeline: int) -> 
     table = names(export_kind(config.model), config.model)
 
     def read(_: str, name: str, box: Box, out: torch.Tensor) -> None:
-        # Random bits of a few megabytes, repeated: the disk and the hash do not see the difference.
+        # A few megabytes of initial weights, repeated: the disk and the hash do not see the difference.
         generator = torch.Generator().manual_seed(seed_from(name, str(box)))
-        block = torch.randn(min(out.numel(), 1 << 20), generator=generator, dtype=torch.float32).to(out.dtype)
+        block = torch.randn(min(out.numel(), 1 << 20), generator=generator).mul_(config.model.init_std).to(out.dtype)
         flat = out.view(-1)
         for low in range(0, flat.numel(), block.numel()):
             flat[low : low + block.numel()] = block[: flat.numel() - low]
