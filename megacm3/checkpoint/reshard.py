@@ -5,6 +5,7 @@ Memory is bounded by one chunk: a box of the output is read in slices of whole r
 
 import dataclasses
 import logging
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -164,6 +165,16 @@ def _write_file(path: Path, pieces: list[Piece], step: int, read: Read, done: Ca
     return write_tensors(path, entries, {"format": "pt", "step": str(step)}, values, done)
 
 
+def _carry(source: Checkpoint, folder: Path) -> dict[str, dict[str, Any]]:
+    """Files of an import that are no rank's: they go along as they are. Returns their manifest entries."""
+    ranks = source.manifest.settings["boxes"]
+    others = {name: entry for name, entry in source.manifest.files.items() if name not in ranks}
+    for name in others:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source.folder / name, folder / name)
+    return others
+
+
 def reshard(
     checkpoint: str | Path,
     output: str | Path,
@@ -191,6 +202,7 @@ def reshard(
             state=source.state,
             inputs={"checkpoint": source.manifest.fingerprint},
             trained=source.trained,
+            extra=lambda folder: _carry(source, folder),
             gate=lambda folder: verdict(),
             done=done,
         )

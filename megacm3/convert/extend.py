@@ -30,7 +30,7 @@ class Extended(Source):
         self.before = source.config["vocab_size"]
         """Ids of the source."""
         self.config = source.config | {"vocab_size": self.before + count}
-        self.tensors = dict(source.tensors)
+        self.tensors, self.tokenizers = dict(source.tensors), source.tokenizers
         for name, (file, dtype, shape) in source.tensors.items():
             if self._is_table(name):
                 self.tensors[name] = (file, dtype, (self.before + count, *shape[1:]))

@@ -9,6 +9,7 @@ import torch
 
 from megacm3.checkpoint.boxes import Box, whole
 from megacm3.checkpoint.tensors import DTYPES, OpenFiles, read_header
+from megacm3.convert.carried import tokenizers_in
 from megacm3.convert.names import Name
 from megacm3.errors import CheckpointError
 from megacm3.files import read_json
@@ -26,6 +27,8 @@ class Source(ABC):
     """As in config.json."""
     tensors: dict[str, tuple[str, torch.dtype, tuple[int, ...]]]
     """Name -> (file, dtype, shape)."""
+    tokenizers: dict[str, Path]
+    """Role -> folder of the tokenizers that come along."""
 
     @abstractmethod
     def tensor(self, name: str) -> torch.Tensor:
@@ -75,6 +78,7 @@ class HfFolder(Source):
         index = self._weight_map()
         for file in sorted(set(index.values())) if index is not None else [SINGLE]:
             self._add_shard(file, index)
+        self.tokenizers = tokenizers_in(self.folder)
         self._files = OpenFiles(self.folder)
         self._repeat = self._shared_norm_rows()
 

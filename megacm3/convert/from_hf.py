@@ -16,6 +16,7 @@ from megacm3.checkpoint.reader import Weights
 from megacm3.checkpoint.reshard import config_of, row_chunks, write_checkpoint
 from megacm3.checkpoint.tensors import CODES, Entry, in_file_order, write_tensors
 from megacm3.config import Config, ModelConfig
+from megacm3.convert.carried import keep
 from megacm3.convert.configs import SIDECAR, from_hf_config
 from megacm3.convert.export_weights import EXTRAS
 from megacm3.convert.extend import Extended
@@ -102,7 +103,7 @@ def from_hf(
         optimizer_step=0,
         state=state,
         inputs={},
-        extra=lambda folder: _write_extras(folder / EXTRAS, source, weights.table),
+        extra=lambda folder: _write_extras(folder, source, weights.table),
         gate=gate,
         done=done,
     )
@@ -174,8 +175,9 @@ def _read_logical(source: Source, name: Name, box: Box, out: torch.Tensor) -> No
         source.read(name.hf, box, out)
 
 
-def _write_extras(path: Path, source: Source, table: list[Name]) -> dict[str, dict[str, Any]]:
-    """Tensors that our model does not have, as they are; nothing is written where there are none."""
+def _write_extras(folder: Path, source: Source, table: list[Name]) -> dict[str, dict[str, Any]]:
+    """The tokenizers, and the tensors that our model does not have, as they are; manifest entries of the latter."""
+    keep(source.tokenizers, folder)
     known = {name.hf for name in table}
     boxes = {name: whole(entry[2]) for name, entry in source.tensors.items() if name not in known}
     boxes |= {name.hf: Box((0, 0), (OPT_OFFSET, name.shape[1])) for name in table if name.form == "positions"}
@@ -192,4 +194,4 @@ def _write_extras(path: Path, source: Source, table: list[Name]) -> dict[str, di
             source.read(entry.key, chunk, out)
             yield out
 
-    return {EXTRAS: write_tensors(path, entries, {"format": "pt"}, values)}
+    return {EXTRAS: write_tensors(folder / EXTRAS, entries, {"format": "pt"}, values)}

@@ -15,8 +15,10 @@ import torch.nn.functional as F
 
 from megacm3.checkpoint.boxes import Box, whole
 from megacm3.checkpoint.tensors import DTYPES, OpenFiles, read_header
+from megacm3.convert.carried import tokenizers_of_release
 from megacm3.convert.folder import Source
 from megacm3.convert.unpickle import unpickle
+from megacm3.convert.vq import VqModel
 from megacm3.errors import CheckpointError
 from megacm3.files import read_json
 
@@ -69,6 +71,11 @@ class MetaFolder(Source):
         self.kv_heads = self.params.get("n_kv_heads") or self.heads
         self.size = dim // self.heads
         self.config = self._config()
+        release = self.folder.parent.parent / "tokenizer"
+        self.tokenizers = tokenizers_of_release(release, self.config["vocab_size"], scratch)
+        if "image_tokenizer" in self.tokenizers:
+            vq = VqModel.of(self.tokenizers["image_tokenizer"])
+            self.config |= {"vq_config": vq.config} if isinstance(vq, VqModel) else {}
         self.tensors = self._tensors()
 
     def _read_params(self) -> dict[str, Any]:

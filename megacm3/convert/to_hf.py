@@ -15,6 +15,7 @@ from megacm3.checkpoint.reader import Checkpoint
 from megacm3.checkpoint.reshard import config_of, find_step
 from megacm3.config import Config
 from megacm3.convert.card import model_card
+from megacm3.convert.carried import ROLES, tokenizers_in
 from megacm3.convert.configs import SIDECAR, special_ids, to_hf_config, vocabulary_map
 from megacm3.convert.export_weights import EXTRAS, write_weights
 from megacm3.convert.names import Name, export_kind, names
@@ -59,7 +60,7 @@ class Export:
         wanted = DTYPES[dtype] if dtype else source.kinds[PARAM]
         tree = source.state.get("vocabulary")
         vocabulary = Vocabulary.from_json(tree) if tree else None
-        folders = _tokenizers(config, tokenizers or {})
+        folders = _tokenizers(config, source.folder, tokenizers or {})
         own = kind == "chameleon" and EXTRAS not in source.manifest.files
         vq = _vq(vocabulary, folders.get("image_tokenizer"), source.folder) if own else None
         return Export(source, config, kind, table, wanted, vocabulary, folders, vq)
@@ -71,10 +72,11 @@ class Export:
         return MASTER if wide and MASTER in self.checkpoint.kinds else PARAM
 
 
-def _tokenizers(config: Config, given: dict[str, str]) -> dict[str, Path]:
-    found = {}
-    for role in ("text_tokenizer", "image_tokenizer"):
-        path = given.get(role) or getattr(config.data, role)
+def _tokenizers(config: Config, step: Path, given: dict[str, str]) -> dict[str, Path]:
+    """Those that were given, else those that an import left in its step folder, else the run's."""
+    found, own = {}, tokenizers_in(step)
+    for role in ROLES:
+        path = given.get(role) or own.get(role) or getattr(config.data, role)
         if not path:
             log.warning("no %s: the folder will hold weights alone; --%s DIR adds it", role, role.replace("_", "-"))
         elif not given.get(role) and not Path(path).is_dir():

@@ -10,11 +10,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megacm3.checkpoint.reader import Checkpoint
+from megacm3.checkpoint.reshard import reshard
+from megacm3.convert.carried import tokenizers_of_release
 from megacm3.convert.from_hf import from_hf, opened
 from megacm3.convert.meta import MetaFolder, half_split, meta_logits
 from megacm3.convert.to_hf import Export, to_hf
 from megacm3.convert.verify import TOLERANCE, compare, random_batch
-from megacm3.errors import CheckpointError
+from megacm3.errors import CheckpointError, DataError
+from megacm3.tokenizers.text import TextTokenizer
+from tests.helpers.tiny_models import TEXTS
 from tests.unit.convert.conftest import assert_byte_equal, build, import_hf
 
 HEADS, KV_HEADS, SIZE = 4, 2, 8
@@ -103,6 +107,78 @@ def test_imports_are_transformers_own(kind: str, shards: int, tmp_path: Path) ->
     found = {n: v for n, v in load_file(back / "model.safetensors").items() if "vqmodel" not in n}
     save_file(found, back / "model.safetensors")
     assert_byte_equal(original, back)
+
+
+DDCONFIG = """
+model:
+  params:
+    n_embed: 32
+    embed_dim: 4
+    ddconfig: {double_z: false, z_channels: 4, resolution: 16, in_channels: 3, out_ch: 3, ch: 32, ch_mult: [1, 1],
+               num_res_blocks: 1, attn_resolutions: [], dropout: 0.0}
+"""
+
+
+def test_a_whole_release_in_one_go(tmp_path: Path) -> None:
+    """Two shards and the image tokenizer beside them become one step; its export encodes and decodes pictures."""
+    from transformers import ChameleonForConditionalGeneration
+
+    from megacm3.tokenizers.image import ImageTokenizer, to_unit
+    from megacm3.tokenizers.image_config import NetworkConfig
+    from tests.unit.tokenizers.test_taming import Original
+
+    chameleon("swin", 2, tmp_path / "hf")
+    release = tmp_path / "release"
+    save_meta(tmp_path / "hf", release / "models" / "34b", 2)
+    torch.manual_seed(5)
+    config = NetworkConfig(
+        image_size=16,
+        channels=[32, 32],
+        layers_per_block=1,
+        attention_levels=[],
+        latent_channels=4,
+        codebook_size=32,
+        code_dim=4,
+    )
+    original = Original(config, gumbel=False)
+    pixels = torch.randint(0, 256, (3, 16, 16, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    codebook = original.quantize.embedding.weight
+    with torch.no_grad():
+        latents = original.quant_conv(original.encoder(to_unit(pixels))).permute(0, 2, 3, 1).reshape(-1, 4)
+        codebook.copy_(latents[::6][:32])
+        theirs = torch.cdist(latents, codebook).argmin(1).view(3, 64)
+    # A Lightning checkpoint: the weights lie among objects, and beside them those of the loss.
+    state = original.state_dict() | {"loss.discriminator.weight": torch.ones(3)}
+    torch.save({"state_dict": state, "callbacks": {"best": Path("x")}}, release / "tokenizer" / "vqgan.ckpt")
+    (release / "tokenizer" / "vqgan.yaml").write_text(DDCONFIG)
+
+    native = import_hf(release / "models" / "34b", tmp_path / "native", 2, 2, trust_pickle=True)
+    assert Checkpoint(native, verify="sha256").state["vocabulary"]["image_tokens"] == 64
+    for step in (native, reshard(native, tmp_path / "resharded", 1, 1)):
+        folder = to_hf(Export.of(step), tmp_path / f"back-{step.name}")
+        model, info = ChameleonForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+        assert not info["missing_keys"] and not info["unexpected_keys"]
+        tokenizer = ImageTokenizer.load(folder / "image_tokenizer")
+        codes = tokenizer.encode(pixels)
+        with torch.no_grad():
+            ids = model.model.get_image_tokens(to_unit(pixels))
+        assert len(codes.unique()) > 16 and torch.equal(torch.as_tensor(codes), theirs)
+        assert torch.equal(ids.view(3, 64), theirs + 4) and tokenizer.decode(codes).shape == (3, 16, 16, 3)
+    (release / "tokenizer" / "vqgan.yaml").unlink()
+    with pytest.raises(DataError, match=r"vqgan\.ckpt has no vqgan\.yaml beside it"):
+        import_hf(release / "models" / "34b", tmp_path / "again", trust_pickle=True)
+    assert not (tmp_path / "again").exists()
+
+
+def test_a_release_s_text_tokenizer_comes_along(tmp_path: Path) -> None:
+    from megacm3.tokenizers import chameleon_text
+
+    text = chameleon_text.train_chameleon([*TEXTS, "how many apples? 12"], 9100)
+    (tmp_path / "text_tokenizer.json").write_text(text)
+    found = tokenizers_of_release(tmp_path, 9100, tmp_path / "scratch")
+    assert found.keys() == {"text_tokenizer"}
+    ours = TextTokenizer.load(found["text_tokenizer"])
+    assert ours.size == 9100 and ours.decode(ours.encode("a red apple")) == "a red apple"
 
 
 def test_rows_are_turned_back_exactly() -> None:
