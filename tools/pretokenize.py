@@ -1,13 +1,17 @@
-"""Turn shards of image+caption pairs, texts or interleaved documents into a token store."""
+"""Turn shards of image+caption pairs, texts, interleaved documents or fine-tuning records into a token store."""
 
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megacm3.command import run
 from megacm3.errors import ConfigError
+
+if TYPE_CHECKING:
+    from megacm3.sft.read import SftOptions
 
 FILTERS = "datatrove's filter for texts alone: gopher-quality, gopher-repetition, c4-quality or fineweb-quality"
 
@@ -35,13 +39,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--device", default="cpu", help="cpu, cuda (each worker its own GPU) or cuda:N")
     add("--batch", type=int, default=32, help="pictures encoded at once (default %(default)s)")
-    add("--mode", choices=("crop", "pad"), default="crop", help="centre crop, or white border")
+    add(
+        "--mode",
+        choices=("crop", "pad"),
+        help="centre crop, or white border (default: crop; pad with --way chameleon, whose answers are cropped)",
+    )
     add("--min-side", type=int, default=32, help="reject smaller pictures (default %(default)s)")
     add("--max-aspect", type=float, default=4.0, help="reject longer pictures (default %(default)s)")
     add("--max-pixels", type=int, default=64_000_000, help="reject larger pictures undecoded (default %(default)s)")
     add("--max-reject-rate", type=float, default=0.05, metavar="R", help="fail above this share (default %(default)s)")
     add("--allow-partial", action="store_true", help="take what is readable of damaged shards")
     add("--text-filter", action="append", default=[], metavar="NAME", help=FILTERS)
+    add("--max-tokens", type=int, default=0, metavar="N", help="reject longer documents (default: none is too long)")
     add("--rows-per-unit", type=int, default=10_000, help="rows of a data set in one unit (default %(default)s)")
     add("--overwrite", action="store_true", help="replace a store made from other inputs or settings")
     add(
@@ -51,28 +60,65 @@ def _parser() -> argparse.ArgumentParser:
         metavar="KEY=VALUE",
         help="partition, time, cpus_per_task, mem_per_cpu_gb, or an sbatch option",
     )
+    _add_sft(parser)
     return parser
+
+
+def _add_sft(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "fine-tuning", "records of tasks in jsonl, parquet or a data set, or a release's files"
+    )
+    add = group.add_argument
+    add("--sft", default="", metavar="TASK", help="a task of megacm3/sft/tasks.yaml, or mixed: records name theirs")
+    add("--sft-tasks", default="", metavar="YAML", help="further tasks, in the form of megacm3/sft/tasks.yaml")
+    add("--way", default="", help="cm3leon, image-first or chameleon (default: the family of the text tokenizer)")
+    add("--variants", default="one", help="one template drawn for each record, or all (default %(default)s)")
+    add("--images", default="", metavar="DIR", help="pictures that records name (default: the input file's folder)")
+    add("--field", action="append", default=[], metavar="FIELD=COLUMN", help="what the records call a field")
+    add("--split", default="train", help="of a release whose files hold several (default %(default)s)")
+    add("--sft-seed", type=int, default=0, help="which templates are drawn (default %(default)s)")
+
+
+def _sft_options(given: argparse.Namespace) -> "SftOptions | None":
+    if not given.sft:
+        if given.sft_tasks or given.way or given.field:
+            raise ConfigError("--sft-tasks, --way and --field need --sft TASK")
+        return None
+
+    from megacm3.sft.read import make_options
+
+    fields = _pairs("--field", given.field)
+    chosen = (given.sft, given.sft_tasks, given.way, given.variants, given.sft_seed, given.split)
+    return make_options(*chosen, fields, given.text_tokenizer)
+
+
+def _pairs(flag: str, words: list[str]) -> dict[str, str]:
+    pairs = dict(word.partition("=")[::2] for word in words)
+    if not all(key and value for key, value in pairs.items()):
+        raise ConfigError(f"{flag} {' '.join(words)}; expected KEY=VALUE")
+    return pairs
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse, run or continue the job, say what was made."""
     given = _parser().parse_args(arguments)
-    slurm = dict(pair.partition("=")[::2] for pair in given.slurm)
-    if any(not value for value in slurm.values()):
-        raise ConfigError(f"--slurm {' '.join(given.slurm)}; expected KEY=VALUE")
+    slurm = _pairs("--slurm", given.slurm)
+    sft = _sft_options(given)
 
     from megacm3.data.executors import ExecutorOptions
     from megacm3.data.pretokenize import PretokenizeOptions, pretokenize
     from megacm3.data.units import UnitSettings
 
     settings = UnitSettings(
-        given.mode,
+        given.mode or ("pad" if sft is not None and sft.way == "chameleon" else "crop"),
         given.batch,
         given.max_pixels,
         given.min_side,
         given.max_aspect,
         given.allow_partial,
         tuple(given.text_filter),
+        given.max_tokens,
+        sft,
     )
     report = pretokenize(
         PretokenizeOptions(
@@ -85,6 +131,7 @@ def main(arguments: list[str] | None = None) -> int:
             max_reject_rate=given.max_reject_rate,
             rows_per_unit=given.rows_per_unit,
             overwrite=given.overwrite,
+            images=given.images,
         )
     )
     if report.submitted:

@@ -83,10 +83,10 @@ class TokenizeUnit(PipelineStep):
         work = Path(self.work)
         plan = read_json(work / "plan.json")
         raw = plan["shards"][rank]
-        shard = Shard(**raw | {"rows": tuple(raw["rows"]) if raw["rows"] else None})
+        shard = Shard(**raw | {"rows": tuple(raw["rows"]) if raw["rows"] else None, "files": tuple(raw["files"])})
         text, image = plan["paths"]
         tokenizers = TextTokenizer.load(text), ImageTokenizer.load(image, _own_device(self.device))
-        runner = UnitRunner(*tokenizers, UnitSettings(**plan["settings"]), self.threads)
+        runner = UnitRunner(*tokenizers, UnitSettings.from_json(plan["settings"]), self.threads)
         with _progress_file(work, runner, plan["bytes"][rank]):
             try:
                 runner.run(shard, unit_folder(work, rank))

@@ -7,6 +7,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from megacm3.data.documents import ANSWER, IMAGE, TEXT
 from megacm3.data.sources import Rejected
 from megacm3.data.store import KIND, Store, StoreShape, index_bytes, link_or_copy, part_name
 from megacm3.errors import DataError
@@ -23,9 +24,10 @@ META_FIELDS = {
     "width": "int32",
     "height": "int32",
     "images": "int32",
+    "task": "string",
 }
 """Columns of meta/part-*.parquet. Hashes and size are the first picture's, null for text alone; `image_sha256` is of
-the file's bytes, width and height of the upright picture before it was cropped."""
+the file's bytes, width and height of the upright picture before it was cropped; `task` is fine-tuning's."""
 REJECT_FIELDS = {"key": "string", "shard": "string", "row": "int64", "reason": "string", "detail": "string"}
 
 
@@ -51,6 +53,7 @@ class PartWriter:
         self._meta: list[dict[str, Any]] = []
         self._rejects: list[dict[str, Any]] = []
         self._tokens = self._longest = self._longest_row = 0
+        self._answers = {"text": 0, "image": 0}
 
     def add(self, segments: Iterable[tuple[int, np.ndarray]], meta: dict[str, Any]) -> None:
         """Append one document of (mode, tokens); `meta` has values for some of `META_FIELDS`.
@@ -71,6 +74,9 @@ class PartWriter:
             self._longest, self._longest_row = sum(lengths) + 2 * len(lengths), len(self._meta)
         self._meta.append({name: meta.get(name) for name in META_FIELDS})
         self._tokens += sum(lengths)
+        modes = {mode for mode, _ in checked}
+        if modes & {ANSWER | TEXT, ANSWER | IMAGE}:
+            self._answers["image" if ANSWER | IMAGE in modes else "text"] += 1
 
     def reject(self, rejected: Rejected) -> None:
         """Note a row that gave no document."""
@@ -87,7 +93,10 @@ class PartWriter:
         files = {path.name: _entry(path) for path in sorted(self._folder.iterdir())}
         counts = {"documents": len(self._meta), "sequences": len(self._lengths), "tokens": self._tokens}
         counts |= {"longest": self._longest, "longest_row": self._longest_row}
-        result = counts | {"rejects": len(self._rejects), "files": files}
+        result: dict[str, Any] = counts | {"rejects": len(self._rejects), "files": files}
+        if any(self._answers.values()):
+            # Documents by their answer: with a picture in it, or text alone.
+            result["answers"] = self._answers
         write_json(self._folder / "part.json", result)
         return result
 
@@ -124,7 +133,7 @@ def assemble(
     if not any(result and result["documents"] for result in results):
         raise DataError(f"no document is left for {folder}; see the rejects for the reasons")
     known: dict[str, dict[str, Any]] = {}
-    counts: list[dict[str, int]] = []
+    counts: list[dict[str, Any]] = []
     with new_folder(folder, replace=replace) as temporary:
         for number, (source, result) in enumerate(zip(parts, results, strict=True)):
             assert result is not None, f"{source} is not a whole part"

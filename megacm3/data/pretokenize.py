@@ -24,6 +24,7 @@ from megacm3.data.store import KIND, Store
 from megacm3.data.units import UnitSettings, shape_of
 from megacm3.errors import ConfigError, DataError
 from megacm3.files import read_json, read_manifest, sha256_json, write_json
+from megacm3.sft.read import sft_shards
 from megacm3.tokenizers.image import KIND as IMAGE_KIND
 from megacm3.tokenizers.image import ImageTokenizer, torch_device
 from megacm3.tokenizers.text import KIND as TEXT_KIND
@@ -51,6 +52,8 @@ class PretokenizeOptions:
     """Rows of a `datasets` data set in one unit."""
     overwrite: bool = False
     """Replace a store, or unfinished work, that was made from other inputs or settings."""
+    images: str = ""
+    """Fine-tuning: folder of the pictures that records name; empty = that of each input file."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,8 @@ def _run(options: PretokenizeOptions, work: Path, plan: dict[str, Any], started:
     vocabulary = text.vocabulary(image.codebook_size, image.grid[0] * image.grid[1])
     if vocabulary.family != "cm3leon":
         settings["vocabulary"] = vocabulary.to_json()
+    if options.settings.sft is not None:
+        settings["sft"] = {"family": vocabulary.family} | plan["settings"]["sft"]
     shape = shape_of(text, image)
     store = assemble(options.output, parts, shape, plan["tokenizers"], settings, replace=options.overwrite)
     shutil.rmtree(work, ignore_errors=True)
@@ -140,6 +145,10 @@ def _check(options: PretokenizeOptions) -> None:
     for name in options.settings.text_filters:
         if name not in NAMES:
             raise ConfigError(f"--text-filter {name}; expected one of {', '.join(NAMES)}")
+    if options.settings.sft is None and options.images:
+        raise ConfigError("--images is for --sft; other inputs hold their pictures or name them below their own folder")
+    if options.settings.max_tokens < 0:
+        raise ConfigError(f"--max-tokens {options.settings.max_tokens} must be at least 0")
     if options.settings.batch < 1:
         raise ConfigError(f"--batch {options.settings.batch} must be at least 1")
     if not 0 <= options.max_reject_rate <= 1:
@@ -151,10 +160,18 @@ def _plan(options: PretokenizeOptions) -> dict[str, Any]:
         "text_tokenizer": read_manifest(options.text_tokenizer, TEXT_KIND, verify="sha256").fingerprint,
         "image_tokenizer": read_manifest(options.image_tokenizer, IMAGE_KIND, verify="sha256").fingerprint,
     }
-    shards = find_shards(options.inputs, options.rows_per_unit)
+    sft = options.settings.sft
+    if sft is None:
+        shards = find_shards(options.inputs, options.rows_per_unit)
+    else:
+        shards = sft_shards(options.inputs, options.images, sft, options.rows_per_unit)
     inputs = identify(shards)
     settings = asdict(options.settings)
     settings["text_filters"] = list(options.settings.text_filters)
+    for name in ("sft", "max_tokens"):
+        # Stores of captions and texts stay what they were.
+        if not settings[name]:
+            del settings[name]
     return {
         "job": sha256_json({"inputs": inputs, "settings": settings, "tokenizers": tokenizers}),
         "inputs": inputs,

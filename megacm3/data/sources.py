@@ -13,11 +13,14 @@ import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megacm3.data.images import Reject
 from megacm3.errors import DataError
 from megacm3.files import sha256_json
+
+if TYPE_CHECKING:
+    from megacm3.sft.read import SftOptions
 
 CAPTION_FIELDS = ("caption", "text", "TEXT", "alt")
 """Names of a caption, in the order in which they are looked for."""
@@ -41,11 +44,18 @@ class Sample:
     """(caption, picture) for a pair, (text,) for text, any order for interleaved documents."""
     meta: dict[str, Any] = field(default_factory=dict)
     """Further fields of the input."""
+    answers: tuple[bool, ...] = ()
+    """Fine-tuning: for each part whether it belongs to the answer; empty elsewhere."""
+    task: str = ""
+    """Fine-tuning: name of the task."""
 
     @property
     def caption(self) -> str:
-        """The texts of the document, one line each."""
-        return "\n".join(part for part in self.parts if isinstance(part, str))
+        """The texts of the document, one line each; in fine-tuning a line for each run of texts between pictures."""
+        if not self.answers:
+            return "\n".join(part for part in self.parts if isinstance(part, str))
+        runs = "".join(part if isinstance(part, str) else "\0" for part in self.parts)
+        return "\n".join(run.strip() for run in runs.split("\0") if run.strip())
 
     @property
     def images(self) -> int:
@@ -76,6 +86,10 @@ class Shard:
     """Which reader reads it: a key of `readers()`."""
     rows: tuple[int, int] | None = None
     """First row and the row after the last one, for a part of a data set."""
+    files: tuple[str, ...] = ()
+    """Fine-tuning: all files of a release, such as questions and annotations; `path` is the first of them."""
+    images: str = ""
+    """Fine-tuning: folder of the pictures that are named by path; empty = that of `path`."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +102,8 @@ class ReadOptions:
     """Read the pictures' bytes; without them only captions are given (text tokenizer)."""
     text_filters: tuple[str, ...] = ()
     """datatrove's filters (data/filters.py), for texts that have no picture."""
+    sft: "SftOptions | None" = None
+    """Fine-tuning: read records of tasks (sft/read.py) instead of captions and texts."""
 
 
 def clean_text(raw: str | bytes) -> str:
@@ -125,12 +141,17 @@ def readers() -> dict[str, Callable[[Shard, ReadOptions], Iterator[Sample | Reje
 
 def read_shard(shard: Shard, options: ReadOptions = ReadOptions()) -> Iterator[Sample | Rejected]:
     """The rows of one shard, in order. Raises DataError when the shard as a whole is damaged."""
-    items = readers()[shard.kind](shard, options)
-    if options.text_filters and (options.pictures or shard.kind in ("warc", "lines")):
-        from megacm3.data.filters import filter_texts
-
-        items = filter_texts(items, options.text_filters)
     try:
+        if options.sft is not None:
+            from megacm3.sft.read import read_sft
+
+            yield from read_sft(shard, options.sft)
+            return
+        items = readers()[shard.kind](shard, options)
+        if options.text_filters and (options.pictures or shard.kind in ("warc", "lines")):
+            from megacm3.data.filters import filter_texts
+
+            items = filter_texts(items, options.text_filters)
         yield from items
     except OSError as fault:
         raise DataError(f"{shard.path} cannot be read: {fault}") from fault
@@ -144,7 +165,7 @@ def find_shards(inputs: str | Iterable[str], rows_per_unit: int = 10_000) -> lis
     Raises DataError when a pattern matches nothing or a path is of no known kind.
     """
     patterns = [inputs] if isinstance(inputs, str) else list(inputs)
-    paths = sorted({path for pattern in patterns for path in _expand(pattern)})
+    paths = sorted({path for pattern in patterns for path in expand(pattern)})
     if not paths:
         raise DataError("no input given; expected --input with a path or a glob pattern")
     base = _common_folder(paths)
@@ -156,7 +177,11 @@ def find_shards(inputs: str | Iterable[str], rows_per_unit: int = 10_000) -> lis
     return shards
 
 
-def _expand(pattern: str) -> list[str]:
+def expand(pattern: str) -> list[str]:
+    """Absolute paths that a path or pattern names; of a folder that is no data set, the shards in it.
+
+    Raises DataError when there is nothing.
+    """
     import glob
 
     from braceexpand import braceexpand
@@ -253,6 +278,8 @@ def identify(shards: list[Shard]) -> str:
 
 
 def _identity(shard: Shard) -> str:
+    if shard.files:
+        return sha256_json([_identity(Shard(shard.name, path, shard.kind)) for path in shard.files])
     path = Path(shard.path)
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.is_file())

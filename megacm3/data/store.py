@@ -223,6 +223,11 @@ class Store:
         number = max(range(len(parts)), key=lambda n: parts[n]["longest"])
         return int(self._starts[number]) + parts[number]["longest_row"]
 
+    def answers(self) -> dict[str, int]:
+        """Documents whose answer has a picture ("image"), or is text alone ("text"); zeros where nothing is marked."""
+        counted = [part.get("answers", {}) for part in self.settings["parts"]]
+        return {name: sum(part.get(name, 0) for part in counted) for name in ("text", "image")}
+
     @cached_property
     def _dup_cluster(self) -> np.ndarray:
         return np.load(self.folder / "dup_cluster.npy", mmap_mode="r")

@@ -8,9 +8,9 @@ of `images` belongs.
 import base64
 import binascii
 import gzip
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeAlias
 
 from megacm3.data.images import Reject
 from megacm3.data.sources import (
@@ -31,8 +31,22 @@ _BATCH = 256
 """Rows of a parquet file read at once."""
 
 
+Row: TypeAlias = tuple[int, dict[str, Any] | Reject]
+"""Position and record of a row, or why it cannot be read."""
+
+
 def read_parquet(shard: Shard, options: ReadOptions) -> Iterator[Sample | Rejected]:
     """The rows of one parquet file. Raises DataError when it is no parquet file or has no column of text."""
+    return _samples(parquet_rows(shard, lambda columns: _columns(shard.path, columns, options)), shard, options)
+
+
+def _columns(path: str, columns: list[str], options: ReadOptions) -> list[str]:
+    _check_columns(path, columns)
+    return columns if options.pictures else [name for name in columns if name not in IMAGE_FIELDS]
+
+
+def parquet_rows(shard: Shard, choose: Callable[[list[str]], list[str]] = list) -> Iterator[Row]:
+    """The records of one parquet file; `choose` gives the columns to read. Raises DataError when it is damaged."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -40,14 +54,11 @@ def read_parquet(shard: Shard, options: ReadOptions) -> Iterator[Sample | Reject
         file = pq.ParquetFile(shard.path)
     except pa.ArrowInvalid as fault:
         raise DataError(f"{shard.path} is not a whole parquet file: {str(fault).splitlines()[0]}") from fault
-    columns = file.schema_arrow.names
-    _check_columns(shard.path, columns)
-    chosen = columns if options.pictures else [name for name in columns if name not in IMAGE_FIELDS]
     row = 0
     try:
-        for batch in file.iter_batches(batch_size=_BATCH, columns=chosen):
+        for batch in file.iter_batches(batch_size=_BATCH, columns=choose(file.schema_arrow.names)):
             for record in batch.to_pylist():
-                yield sample_of(record, shard, row, options)
+                yield row, record
                 row += 1
     except (pa.ArrowInvalid, OSError) as fault:
         raise DataError(f"{shard.path} is damaged at row {row}: {str(fault).splitlines()[0]}") from fault
@@ -55,13 +66,24 @@ def read_parquet(shard: Shard, options: ReadOptions) -> Iterator[Sample | Reject
 
 def read_jsonl(shard: Shard, options: ReadOptions) -> Iterator[Sample | Rejected]:
     """One JSON object a line; empty lines are skipped. Pictures' paths are relative to the file's folder."""
+    return _samples(jsonl_rows(shard), shard, options)
+
+
+def jsonl_rows(shard: Shard) -> Iterator[Row]:
+    """The objects of one file of JSON lines."""
     for row, line in _lines(shard.path):
         try:
-            record = parse_json(line)
+            yield row, parse_json(line)
         except Reject as reject:
-            yield Rejected(str(row), shard.name, row, reject.reason, reject.detail)
-            continue
-        yield sample_of(record, shard, row, options)
+            yield row, reject
+
+
+def _samples(rows: Iterator[Row], shard: Shard, options: ReadOptions) -> Iterator[Sample | Rejected]:
+    for row, record in rows:
+        if isinstance(record, Reject):
+            yield Rejected(str(row), shard.name, row, record.reason, record.detail)
+        else:
+            yield sample_of(record, shard, row, options)
 
 
 def read_lines(shard: Shard, options: ReadOptions) -> Iterator[Sample | Rejected]:
@@ -97,27 +119,45 @@ def _open_dataset(path: str) -> Any:
         raise DataError(
             f"{path} holds the splits {', '.join(data)}; give one of them, such as {path}/{next(iter(data))}"
         )
-    for name, feature in data.features.items():
-        if isinstance(feature, datasets.Image):
-            data = data.cast_column(name, datasets.Image(decode=False))
-    return data
+    encoded = datasets.Features({name: _encoded(feature) for name, feature in data.features.items()})
+    return data if encoded == data.features else data.cast(encoded)
+
+
+def _encoded(feature: Any) -> Any:
+    """A feature of `datasets` whose pictures stay encoded, also those in lists."""
+    import datasets
+
+    if isinstance(feature, datasets.Image):
+        return datasets.Image(decode=False)
+    if isinstance(feature, datasets.List):
+        return datasets.List(_encoded(feature.feature), length=feature.length)
+    if isinstance(feature, dict):
+        return {name: _encoded(inner) for name, inner in feature.items()}
+    return feature
 
 
 def dataset_rows(path: str) -> int:
     """Number of rows of a data set saved by `datasets` or of an imagefolder. Raises DataError."""
-    data = _open_dataset(path)
-    _check_columns(path, data.column_names)
-    return len(data)
+    return len(_open_dataset(path))
 
 
 def read_dataset(shard: Shard, options: ReadOptions) -> Iterator[Sample | Rejected]:
-    """Rows `shard.rows` of a data set; its pictures stay encoded."""
+    """Rows `shard.rows` of a data set; its pictures stay encoded. Raises DataError when it has no column of text."""
     data = _open_dataset(shard.path)
-    assert shard.rows is not None
+    _check_columns(shard.path, data.column_names)
     if not options.pictures:
         data = data.remove_columns([name for name in data.column_names if name in IMAGE_FIELDS])
-    for row in range(*shard.rows):
-        yield sample_of(data[row], shard, row, options)
+    return _samples(_rows_of(data, shard), shard, options)
+
+
+def set_rows(shard: Shard) -> Iterator[Row]:
+    """The records of rows `shard.rows` of a data set; its pictures stay encoded."""
+    return _rows_of(_open_dataset(shard.path), shard)
+
+
+def _rows_of(data: Any, shard: Shard) -> Iterator[Row]:
+    assert shard.rows is not None
+    return ((row, data[row]) for row in range(*shard.rows))
 
 
 def _check_columns(path: str, columns: list[str]) -> None:
@@ -155,7 +195,7 @@ def _parts(record: dict[str, Any], table: Path, options: ReadOptions) -> tuple[s
     name = next((name for name in IMAGE_FIELDS if name in record), None)
     if name is None or not options.pictures:
         return (caption,)
-    return (caption, _picture(record[name], table))
+    return (caption, picture_bytes(record[name], table))
 
 
 def _interleaved_lists(record: dict[str, Any], table: Path, options: ReadOptions) -> tuple[str | bytes, ...]:
@@ -169,7 +209,7 @@ def _interleaved_lists(record: dict[str, Any], table: Path, options: ReadOptions
         if text is not None:
             parts.append(clean_text(text))
         elif options.pictures:
-            parts.append(_picture(image, table))
+            parts.append(picture_bytes(image, table))
     return _not_empty(parts)
 
 
@@ -182,7 +222,7 @@ def _interleaved_text(text: str, images: list[Any], table: Path, options: ReadOp
         if piece.strip():
             parts.append(clean_text(piece))
         if position < len(images) and options.pictures:
-            parts.append(_picture(images[position], table))
+            parts.append(picture_bytes(images[position], table))
     return _not_empty(parts)
 
 
@@ -192,7 +232,11 @@ def _not_empty(parts: list[str | bytes]) -> tuple[str | bytes, ...]:
     return tuple(parts)
 
 
-def _picture(value: Any, table: Path) -> bytes:
+def picture_bytes(value: Any, table: Path) -> bytes:
+    """The bytes of a picture: themselves, a struct of bytes and path, a data URL, or a path in the table's folder.
+
+    Raises Reject: no_image, corrupt_image, outside_folder.
+    """
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
     if isinstance(value, bytes):

@@ -20,13 +20,14 @@ from typing import Any
 
 import numpy as np
 
-from megacm3.data.documents import IMAGE, TEXT
+from megacm3.data.documents import ANSWER, IMAGE, TEXT
 from megacm3.data.images import ImageLimits, Reject, open_image, perceptual_hash, prepare_image
 from megacm3.data.parts import PartWriter, read_part
 from megacm3.data.sources import ReadOptions, Rejected, Sample, Shard, read_shard
 from megacm3.data.store import StoreShape
 from megacm3.errors import DataError
 from megacm3.files import write_json
+from megacm3.sft.read import SftOptions
 from megacm3.tokenizers.image import ImageTokenizer
 from megacm3.tokenizers.text import TextTokenizer
 
@@ -39,7 +40,7 @@ class UnitSettings:
     """What decides the bytes of a part, beside the tokenizers and the shard."""
 
     mode: str = "crop"
-    """Picture preparation: crop or pad."""
+    """Picture preparation: crop or pad; a picture of an answer (fine-tuning) is always cropped."""
     batch: int = 32
     """Pictures encoded at once."""
     max_pixels: int = ImageLimits.max_pixels
@@ -49,6 +50,16 @@ class UnitSettings:
     """Take what is readable of damaged shards."""
     text_filters: tuple[str, ...] = ()
     """datatrove's filters for texts without pictures, by name."""
+    max_tokens: int = 0
+    """Reject longer documents, with two control tokens a segment; 0 = none is too long."""
+    sft: SftOptions | None = None
+    """Fine-tuning: the shards hold records of tasks."""
+
+    @staticmethod
+    def from_json(raw: dict[str, Any]) -> "UnitSettings":
+        """From what `asdict` and JSON made of it."""
+        sft = raw.get("sft")
+        return UnitSettings(**raw | {"sft": SftOptions(**sft) if sft else None})
 
     @property
     def limits(self) -> ImageLimits:
@@ -76,12 +87,14 @@ def prepare(sample: Sample, size: int, settings: UnitSettings) -> Prepared | Rej
     caption = sample.caption
     meta: dict[str, Any] = {"key": sample.key, "shard": sample.shard, "row": sample.row, "images": sample.images}
     meta |= {"caption": caption, "caption_sha1": hashlib.sha1(caption.encode()).hexdigest() if caption else None}
+    meta["task"] = sample.task or None
     pixels = []
     try:
-        for part in sample.parts:
+        for i, part in enumerate(sample.parts):
             if isinstance(part, bytes):
                 picture = open_image(part, settings.limits)
-                pixels.append(prepare_image(picture, size, settings.mode))
+                answer = bool(sample.answers) and sample.answers[i]
+                pixels.append(prepare_image(picture, size, "crop" if answer else settings.mode))
                 if len(pixels) == 1:
                     meta |= {"width": picture.width, "height": picture.height, "phash": perceptual_hash(pixels[0])}
                     meta["image_sha256"] = hashlib.sha256(part).hexdigest()
@@ -140,7 +153,7 @@ class UnitRunner:
     def _prepared(self, shard: Shard, pool: ThreadPoolExecutor) -> Iterator[Prepared | Rejected]:
         waiting: deque[Future[Prepared | Rejected] | Rejected] = deque()
         settings = self._settings
-        options = ReadOptions(settings.allow_partial, text_filters=tuple(settings.text_filters))
+        options = ReadOptions(settings.allow_partial, text_filters=tuple(settings.text_filters), sft=settings.sft)
         for item in _guarded(shard, options):
             if isinstance(item, Sample):
                 self.bytes += sum(len(part) for part in item.parts)
@@ -186,7 +199,14 @@ class UnitRunner:
                 (TEXT, np.asarray(next(ids), np.int64)) if isinstance(part, str) else (IMAGE, next(pictures))
                 for part in item.sample.parts
             ]
-            writer.add(segments, item.meta)
+            tokens = sum(len(values) + 2 for _, values in segments)
+            if self._settings.max_tokens and tokens > self._settings.max_tokens:
+                sample, detail = item.sample, f"{tokens} tokens, more than {self._settings.max_tokens}"
+                writer.reject(Rejected(sample.key, sample.shard, sample.row, "too_long", detail))
+                continue
+            flags = item.sample.answers or (False,) * len(segments)
+            marked = [(mode | ANSWER * flag, values) for (mode, values), flag in zip(segments, flags, strict=True)]
+            writer.add(marked, item.meta)
             self.documents += 1
 
 

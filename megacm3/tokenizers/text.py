@@ -90,6 +90,11 @@ class TextTokenizer:
         except (FileNotFoundError, KeyError, RuntimeError) as fault:
             raise DataError(f"{folder} is not a text tokenizer: {fault}") from fault
 
+    @property
+    def family(self) -> str:
+        """Family of the vocabulary that it belongs to: chameleon or cm3leon."""
+        return "cm3leon" if self._backend.names is None else "chameleon"
+
     def vocabulary(self, codebook_size: int, image_tokens: int) -> "Vocabulary":
         """The vocabulary of a run with this tokenizer: Chameleon's by the file's names, else CM3Leon's layout."""
         from megacm3.tokenizers.vocabulary import Vocabulary

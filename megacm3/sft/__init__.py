@@ -1,0 +1,1 @@
+"""Instruction tuning's data: tasks as templates, conversations, and the public releases' own files."""
