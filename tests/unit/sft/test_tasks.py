@@ -73,7 +73,7 @@ def test_what_stands_between_two_answers_is_part_of_the_answer() -> None:
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ({"templates": ["{a}"], "anwsers": ["a"]}, "found anwsers"),
+        ({"templates": ["{a}"], "answering": ["a"]}, "found answering"),
         ({"templates": ["{a} <break> {image}"], "pictures": ["image"]}, "every label would be masked"),
         ({"templates": ["{a} <break> {image}"], "answers": ["b"]}, "none of the answers b"),
         ({"templates": ["see {image} {a}"], "pictures": ["image"], "answers": ["a"]}, "stands alone"),
