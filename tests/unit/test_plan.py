@@ -41,6 +41,18 @@ def test_suggestions_can_be_given_to_the_trainer(preset: str, world: int) -> Non
     assert again.layout == plan.layout and again.stages == plan.stages
 
 
+EXAMPLES = [path for path in sorted((ROOT / "examples" / "configs").glob("*_[0-9]*.yaml")) if "sweep" not in path.stem]
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_example_configs_fit_what_they_say(path: Path) -> None:
+    """GPUs of 80 GB: a node of 8, for Chameleon 34B four of them and no fewer."""
+    config = load_config(path)
+    nodes = 4 if "34b" in path.stem else 1
+    assert make_plan(config, 8 * nodes).fits(GPUS["a100-80g"])
+    assert nodes == 1 or not make_plan(config, 8).fits(GPUS["a100-80g"])
+
+
 def test_too_few_gpus_say_what_is_missing() -> None:
     config = load_config(None, ["model.preset=chameleon_34b"])
     with pytest.raises(
