@@ -166,6 +166,7 @@ def _sidecar(export: Export, vocabulary: Vocabulary) -> dict[str, Any]:
         "image_size": size,
         "grid": grid,
         "sequence_length": export.config.model.sequence_length,
+        "answers": bool((stream.get("settings") or {}).get("answers_only", False)),
         "source": {
             "checkpoint": export.checkpoint.manifest.fingerprint,
             "step": export.checkpoint.step,

@@ -60,8 +60,8 @@ def perplexity(generator: "Generator", documents: Iterable[Document]) -> dict[st
             cut += len(tokens) > generator.context
             yield tokens[: generator.context]
 
-    for batch in _batches(samples()):
-        losses, targets = _losses(generator, batch)
+    for batch in batches_of(samples()):
+        losses, targets = token_losses(generator, batch)
         for name in (TEXT, IMAGE):
             chosen = kind[targets] == name
             sums[name] += float(losses[chosen].sum())
@@ -77,7 +77,7 @@ def perplexity(generator: "Generator", documents: Iterable[Document]) -> dict[st
     return result
 
 
-def _batches(samples: Iterable[np.ndarray]) -> Iterator[list[np.ndarray]]:
+def batches_of(samples: Iterable[np.ndarray]) -> Iterator[list[np.ndarray]]:
     batch: list[np.ndarray] = []
     for sample in samples:
         longest = max(len(sample), *(len(other) for other in batch)) if batch else len(sample)
@@ -90,7 +90,7 @@ def _batches(samples: Iterable[np.ndarray]) -> Iterator[list[np.ndarray]]:
 
 
 @torch.inference_mode()
-def _losses(generator: "Generator", batch: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
+def token_losses(generator: "Generator", batch: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
     """Loss and id of every target, [tokens] each."""
     decoder = generator.decoder
     counts = [len(tokens) - 1 for tokens in batch]

@@ -72,6 +72,8 @@ class Generator:
         self.vocabulary = Vocabulary.from_json(sidecar["vocabulary"])
         self.source: dict[str, Any] = sidecar.get("source", {})
         """Fingerprints of what the model was made from, by role."""
+        self.answers: bool = sidecar.get("answers", False)
+        """Fine-tuned to answer behind `<end-of-turn>` (objective.loss_on = answers)."""
         self._image_size: int = sidecar["image_size"]
         self.grid: tuple[int, int] = (sidecar["grid"][0], sidecar["grid"][1])
         self.context = min(decoder.architecture.positions, sidecar["sequence_length"])
@@ -196,7 +198,7 @@ class Generator:
         requests = []
         for prompt, documents in zip(prompts, self._retrieved(retrieved, len(prompts)), strict=True):
             segments = self._segments(prompt)
-            ids = tuple(picture_prompt(self.vocabulary, segments, documents))
+            ids = tuple(picture_prompt(self.vocabulary, segments, documents, self.answers))
             self._check_room(ids, self.vocabulary.image_tokens)
             guides = guides_for(self.vocabulary, guide, segments, documents)
             requests += [
@@ -238,13 +240,15 @@ class Generator:
         self, codes: np.ndarray, prompt: str, documents: Sequence[Document]
     ) -> tuple[tuple[int, ...], Modes]:
         vocabulary = self.vocabulary
-        if vocabulary.sentinels:
+        if vocabulary.sentinels and not self.answers:
             if not prompt:
                 return tuple(infill_caption_prompt(vocabulary, codes, documents).tolist()), Modes.INFILL
             question = text_segment(prompt + " ", self.text_tokenizer, strip=False)
             return tuple(infill(vocabulary, [question, Mask("text"), image_segment(codes)], documents)[0]), Modes.INFILL
         text = text_segment(prompt, self.text_tokenizer).tokens if prompt else ()
-        return tuple(image_to_text_prompt(vocabulary, codes, text, turn=bool(prompt)).tolist()), Modes.TEXT
+        return tuple(
+            image_to_text_prompt(vocabulary, codes, text, turn=bool(prompt) or self.answers).tolist()
+        ), Modes.TEXT
 
     def infill(
         self,

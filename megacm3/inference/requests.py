@@ -45,9 +45,14 @@ def image_segment(codes: np.ndarray) -> Segment:
     return Segment(IMAGE, np.asarray(codes, np.int64))
 
 
-def picture_prompt(vocabulary: Vocabulary, segments: Sequence[Segment], retrieved: Sequence[Document]) -> list[int]:
-    """Ids `</s> documents segments <break>`, after which a picture's codes follow."""
+def picture_prompt(
+    vocabulary: Vocabulary, segments: Sequence[Segment], retrieved: Sequence[Document], turn: bool = False
+) -> list[int]:
+    """Ids `</s> documents segments <break>`, after which codes follow; `turn`: `<end-of-turn>` before the `<break>`."""
     opened = open_prompt(vocabulary, segments, retrieved)
+    if turn and segments:
+        closed = opened[:-1] if segments[-1].kind == IMAGE and vocabulary.family != "chameleon" else opened
+        return [*closed, vocabulary.end_of_turn, vocabulary.boi]
     # cm3leon has one <break> at a change: behind a picture or a retrieved document it is there already.
     joined = vocabulary.family != "chameleon" and (not segments or segments[-1].kind == IMAGE)
     return opened if joined else [*opened, vocabulary.boi]

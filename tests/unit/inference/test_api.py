@@ -52,6 +52,31 @@ def test_picture_prompts_are_what_training_has_before_a_picture(both):
             assert not both.is_image(prompt[-1])
 
 
+def test_a_tuned_model_is_asked_for_a_picture_as_it_was_taught(both):
+    """Behind `<end-of-turn>`, as the loader puts it where prompt and answer meet."""
+    for segments in ([text(5, 6)], [text(5), Segment(IMAGE, PICTURE)], [text(5), Segment(IMAGE, PICTURE), text(7)]):
+        own = Document(1, (*segments, Segment(IMAGE, OTHER, answer=True)))
+        sample = Layout(both, turns=True).assemble([own])[0].tolist()
+        prompt = requests.picture_prompt(both, segments, (), turn=True)
+        assert sample[: len(prompt)] == prompt and both.end_of_turn in prompt
+        assert both.is_image(sample[len(prompt) : len(prompt) + 16]).all()
+
+
+def test_a_tuned_model_is_asked_for_a_text_as_it_was_taught(hf_folder, tmp_path):
+    """Its export says so: picture, question, `<end-of-turn>`; before tuning the caption is infilled."""
+    copy = tmp_path / "tuned"
+    shutil.copytree(hf_folder, copy)
+    sidecar = json.loads((copy / "megacm3.json").read_text())
+    (copy / "megacm3.json").write_text(json.dumps(sidecar | {"answers": True}))
+    tuned, base = Generator.load(copy), Generator.load(hf_folder)
+    question = tuned.text_tokenizer.encode("a red")
+    own = Document(0, (Segment(IMAGE, PICTURE), text(*question), Segment(TEXT, np.array([5]), answer=True)))
+    sample = Layout(tuned.vocabulary, turns=True).assemble([own])[0].tolist()
+    ids, _ = tuned._caption_prompt(PICTURE, "a red", ())
+    assert list(ids) == sample[: len(ids)] and ids[-1] == tuned.vocabulary.end_of_turn
+    assert base._caption_prompt(PICTURE, "a red", ())[0][-1] == base.vocabulary.sentinel(0)
+
+
 def test_picture_prompt_equals_the_shared_builder(both):
     for retrieved in ([], [document()]):
         expected = text_to_image_prompt(both, [5, 6], retrieved).tolist()
