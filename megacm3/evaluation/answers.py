@@ -76,10 +76,10 @@ def choose_questions(store: Store, layout: Layout, count: int, alike: str = "", 
             document = store.document(doc_id)
             prompt = cut(document, layout)
             picture = prompt.answer[0].kind == IMAGE
-            others = [i for i in doc_ids if struck[i] == struck[doc_id] and i != doc_id] if picture else []
-            others = others or ([i for i in doc_ids if i != doc_id] if picture else [])
-            others = [document, *(store.document(i) for i in others)] if picture else []
-            chosen.append(Question(keys[doc_id], task, document, prompt, picture, tuple(_different(others))))
+            same = [i for i in doc_ids if struck[i] == struck[doc_id] and i != doc_id]
+            same = same or [i for i in doc_ids if i != doc_id]
+            others = _different([document, *(store.document(i) for i in same)]) if picture else []
+            chosen.append(Question(keys[doc_id], task, document, prompt, picture, tuple(others)))
     if not chosen:
         raise DataError(f"{store.folder} is empty; expected held-out documents with answers")
     return chosen
@@ -123,10 +123,10 @@ def answer_all(generator: "Generator", questions: Sequence[Question], layout: La
     for event in Engine(generator.decoder, generator.grammar, generator.context).run(requests):
         ids_of[event.request] += event.ids
     vocabulary = generator.vocabulary
-    for question, ids in zip(questions, ids_of, strict=True):
-        codes = vocabulary.codes(np.asarray(ids)) if question.picture else None
+    for question, drawn in zip(questions, ids_of, strict=True):
+        codes = vocabulary.codes(np.asarray(drawn)) if question.picture else None
         found.codes.append(codes)
-        found.texts.append("" if question.picture else generator.text_tokenizer.decode(ids).strip())
+        found.texts.append("" if question.picture else generator.text_tokenizer.decode(drawn).strip())
     found.right = [_is_right(generator, *row) for row in zip(questions, found.texts, found.codes, strict=True)]
     return found
 
