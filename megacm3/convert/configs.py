@@ -1,5 +1,6 @@
 """`config.json` of the Hugging Face classes, from our model config and back."""
 
+import itertools
 from typing import Any
 
 from megacm3.config import ModelConfig
@@ -76,6 +77,22 @@ def vocabulary_map(vocabulary: Vocabulary) -> dict[str, int]:
     """Name -> id of the image codes and special tokens, in the released spelling, for ChameleonConfig."""
     special = {RELEASED.get(name, name): i for name, i in vocabulary.special}
     return special | {image_name(code): int(i) for code, i in enumerate(vocabulary.code_to_id)}
+
+
+def check_image_map(vocabulary: Vocabulary, where: str) -> None:
+    """Raise CheckpointError where ids do not rise with the image codes.
+
+    Chameleon's class in transformers sorts codes and ids apart before it pairs them, so that it would take such a
+    table's pictures for others.
+    """
+    ids = vocabulary.code_to_id.tolist()
+    for code, (before, after) in enumerate(itertools.pairwise(ids)):
+        if after <= before:
+            first, second = image_name(code), image_name(code + 1)
+            raise CheckpointError(
+                f"{where}: {first} has id {before} and {second} has {after}; transformers' Chameleon pairs codes with "
+                "ids in rising order, so that its pictures would be wrong; expected ids that rise with the codes"
+            )
 
 
 def from_hf_config(tree: dict[str, Any], where: str) -> tuple[str, dict[str, Any]]:

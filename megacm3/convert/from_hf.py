@@ -17,7 +17,7 @@ from megacm3.checkpoint.reshard import config_of, row_chunks, write_checkpoint
 from megacm3.checkpoint.tensors import CODES, Entry, in_file_order, write_tensors
 from megacm3.config import Config, ModelConfig
 from megacm3.convert.carried import keep
-from megacm3.convert.configs import SIDECAR, from_hf_config
+from megacm3.convert.configs import SIDECAR, check_image_map, from_hf_config
 from megacm3.convert.export_weights import EXTRAS
 from megacm3.convert.extend import Extended
 from megacm3.convert.folder import HfFolder, Source
@@ -139,7 +139,9 @@ def _vocabulary(source: Source) -> dict[str, Any]:
     vq = config.get("vq_config") or {}
     side = vq.get("resolution", 512) >> (len(vq.get("channel_multiplier", (1, 1, 2, 2, 4))) - 1)
     codes = sum(name.startswith("IMGIMG") and name.endswith("Z") for name in ids)
-    return {"vocabulary": Vocabulary.chameleon(config["vocab_size"], codes, side * side, ids).to_json()}
+    vocabulary = Vocabulary.chameleon(config["vocab_size"], codes, side * side, ids)
+    check_image_map(vocabulary, str(source.folder / "config.json"))
+    return {"vocabulary": vocabulary.to_json()}
 
 
 def _groups(source: Source, kind: str, model: ModelConfig) -> int:

@@ -16,7 +16,7 @@ from megacm3.checkpoint.reshard import config_of, find_step
 from megacm3.config import Config
 from megacm3.convert.card import model_card
 from megacm3.convert.carried import ROLES, tokenizers_in
-from megacm3.convert.configs import SIDECAR, special_ids, to_hf_config, vocabulary_map
+from megacm3.convert.configs import SIDECAR, check_image_map, special_ids, to_hf_config, vocabulary_map
 from megacm3.convert.export_weights import EXTRAS, write_weights
 from megacm3.convert.names import Name, export_kind, names
 from megacm3.convert.tokenizer import write_tokenizer
@@ -60,6 +60,8 @@ class Export:
         wanted = DTYPES[dtype] if dtype else source.kinds[PARAM]
         tree = source.state.get("vocabulary")
         vocabulary = Vocabulary.from_json(tree) if tree else None
+        if vocabulary is not None and kind == "chameleon":
+            check_image_map(vocabulary, str(source.folder))
         folders = _tokenizers(config, source.folder, tokenizers or {})
         own = kind == "chameleon" and EXTRAS not in source.manifest.files
         vq = _vq(vocabulary, folders.get("image_tokenizer"), source.folder) if own else None

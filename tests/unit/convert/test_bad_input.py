@@ -11,6 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from megacm3.convert.to_hf import Export, to_hf
 from megacm3.errors import CheckpointError, ConfigError, DataError
+from megacm3.tokenizers.vocabulary import Vocabulary
+from tests.helpers.checkpoints import with_vocabulary
 from tests.unit.convert.conftest import import_hf
 
 Folders = Callable[[str], Path]
@@ -117,6 +119,19 @@ def test_mixed_dtypes(copy: Folders, tmp_path: Path) -> None:
     folder = copy("llama")
     change_tensors(folder, lambda values: values.update({"model.norm.weight": values["model.norm.weight"].bfloat16()}))
     refused(folder, tmp_path, "mixes dtypes", "model.norm.weight is BF16")
+
+
+def test_image_ids_that_do_not_rise_with_the_codes(copy: Folders, tmp_path: Path) -> None:
+    """transformers' class would take one code for the other, in silence."""
+    folder = copy("chameleon")
+    native = import_hf(folder, tmp_path / "native")
+    ids = json.loads((folder / "config.json").read_text())["vocabulary_map"]
+    swapped = ids | {"IMGIMGHZ": ids["IMGIMGIZ"], "IMGIMGIZ": ids["IMGIMGHZ"]}
+    change_config(folder, vocabulary_map=swapped)
+    refused(folder, tmp_path, "IMGIMGHZ has id 12 and IMGIMGIZ has 11", "ids that rise with the codes")
+    with_vocabulary(native, Vocabulary.chameleon(700, 32, 16, swapped))
+    with pytest.raises(CheckpointError, match="IMGIMGHZ has id 12 and IMGIMGIZ has 11"):
+        Export.of(native)
 
 
 @pytest.mark.parametrize(
