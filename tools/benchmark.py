@@ -2,7 +2,8 @@
 
 convert = export and import at a model's real size, beside plain copies of its bytes. pretokenize = pictures to codes on
 all cores, beside the bare decoding and encoding of a picture. checkpoint = a background save of 2.1 GB, beside dd.
-retrieval = recall, speed and memory of a memory bank beside bare FAISS with the same index.
+retrieval = recall, speed and memory of a memory bank beside bare FAISS with the same index. generate = the decoder
+beside the memory's ceiling and beside transformers.
 """
 
 import argparse
@@ -33,7 +34,34 @@ def _parser() -> argparse.ArgumentParser:
     checkpoint.add_argument("--rounds", type=int, default=7, help="default %(default)s")
     checkpoint.add_argument("--work", default="benchmark", metavar="DIR", help="where the files go, removed afterwards")
     _add_retrieval(commands)
+    generate = commands.add_parser("generate", help="the decoder beside transformers on a random export of 0.5 GB")
+    generate.add_argument("--codes", type=int, default=64, help="of an image (default %(default)s)")
+    generate.add_argument("--rounds", type=int, default=7, help="default %(default)s")
+    generate.add_argument("--work", default="benchmark", metavar="DIR", help="where the files go, removed afterwards")
     return parser
+
+
+def _generate(given: argparse.Namespace) -> int:
+    import shutil
+
+    from megacm3.inference.benchmark import BATCH, benchmark_generate
+
+    if Path(given.work).exists():
+        raise ConfigError(f"--work {given.work} exists already; it would be removed")
+    try:
+        timing = benchmark_generate(Path(given.work), given.codes, given.rounds, lambda line: print(line, flush=True))
+    finally:
+        shutil.rmtree(given.work, ignore_errors=True)
+    for name in timing.rounds:
+        rate, warm = timing.rate(name), timing.warm_up[name]
+        print(f"{name:28} {rate:6.1f} steps/s, {rate * timing.megabytes / 1e3:5.1f} GB/s (first call {warm:.1f} s)")
+    print(f"one image: {100 * timing.ratio('ceiling', 'megacm3'):.0f} % of the memory's ceiling")
+    print(f"one image: {timing.ratio(timing.best_peer, 'megacm3'):.2f} x as fast as {timing.best_peer}")
+    print(f"guided: {timing.ratio('megacm3, guided', 'megacm3'):.2f} x the time of one stream")
+    print(f"int8: {timing.ratio('megacm3', 'megacm3, int8'):.2f} x as fast")
+    together = BATCH * timing.ratio("megacm3", f"megacm3, {BATCH} at once")
+    print(f"{BATCH} at once: {together:.2f} x the throughput of {BATCH} in turn")
+    return 0
 
 
 def _checkpoint(given: argparse.Namespace) -> int:
@@ -107,6 +135,8 @@ def main(arguments: list[str] | None = None) -> int:
         return _checkpoint(given)
     if given.command == "retrieval":
         return _retrieval(given)
+    if given.command == "generate":
+        return _generate(given)
 
     from megacm3.convert.benchmark import convert
 

@@ -107,7 +107,7 @@ class Decoder:
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor, head: torch.Tensor | None = None) -> torch.Tensor:
         """fp32 logits of hidden [..., H] over the vocabulary, or over the rows of `head` (see `head_of`)."""
-        return F.linear(hidden, self.weights.head if head is None else head).float()
+        return linear(hidden, self.weights.head if head is None else head).float()
 
     def head_of(self, ids: torch.Tensor) -> torch.Tensor:
         """The output rows of `ids` [n], a view where the ids are consecutive: less to read than the whole table."""

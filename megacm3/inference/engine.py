@@ -125,6 +125,9 @@ class Engine:
     def room(self, request: Request) -> int:
         """Tokens that the request may draw; below 1 when its prompt fills the context."""
         room = self.context - len(request.prompt)
+        if request.mode == Modes.IMAGE:
+            # What is reserved in the cache is what one image takes, not the whole context.
+            return min(room, request.codes or self.grammar.vocabulary.image_tokens)
         return room if request.max_tokens is None else min(room, request.max_tokens)
 
 

@@ -33,6 +33,16 @@ class Int8Weight:
 Weight = torch.Tensor | Int8Weight
 
 
+FEW_ROWS = range(4, 65)
+"""Rows for which a CPU's fp32 product is faster with the weight on the left (measured: 8 rows in 1.9 times the time of
+one, against 2.5; up to 3 and from 128 rows on there is no gain)."""
+
+
 def linear(x: torch.Tensor, weight: Weight) -> torch.Tensor:
     """x [..., K] -> [..., N]"""
-    return F.linear(x, weight) if isinstance(weight, torch.Tensor) else weight(x)
+    if isinstance(weight, Int8Weight):
+        return weight(x)
+    rows = x.numel() // x.shape[-1]
+    if rows in FEW_ROWS and weight.device.type == "cpu" and weight.dtype == torch.float32:
+        return (weight @ x.reshape(rows, -1).t()).t().reshape(*x.shape[:-1], -1)
+    return F.linear(x, weight)
