@@ -6,7 +6,7 @@ come on every device. Shape letters: B samples, K candidate tokens.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -113,5 +113,29 @@ def draw(
     """Index [B] into the K candidates, whose ids are `ids_K`; a candidate with score -inf is never drawn."""
     if sampling.temperature == 0:
         return scores_BK.argmax(dim=-1)
-    kept = keep(scores_BK, sampling)
-    return (kept + gumbel_noise(seeds_B, positions_B, ids_K)).argmax(dim=-1)
+    noise_BK = gumbel_noise(seeds_B, positions_B, ids_K)
+    if sampling.top_p < 1:
+        scores_BK = keep(scores_BK, replace(sampling, top_p=1.0))
+        picked_B = _first_in_nucleus(scores_BK, noise_BK, sampling.top_p)
+        if picked_B is not None:
+            return picked_B
+        sampling = replace(sampling, temperature=1.0, top_k=0)
+    return (keep(scores_BK, sampling) + noise_BK).argmax(dim=-1)
+
+
+_TRIES = 8
+"""Best noisy tokens that are looked at before the vocabulary is sorted: all miss a nucleus of 0.9 once in 10^8."""
+
+
+def _first_in_nucleus(scores_BK: torch.Tensor, noise_BK: torch.Tensor, p: float) -> torch.Tensor | None:
+    """The arg-max of scores plus noise over the top-p tokens, without sorting; None if a row has none in the first few.
+
+    A token is among them if the tokens more probable than it have less than p together.
+    """
+    tries_BT = (scores_BK + noise_BK).topk(min(_TRIES, scores_BK.shape[-1]), dim=-1).indices
+    probabilities_BK = scores_BK.softmax(dim=-1)
+    higher_BTK = probabilities_BK[:, None] > probabilities_BK.gather(1, tries_BT)[..., None]
+    inside_BT = torch.where(higher_BTK, probabilities_BK[:, None], 0).sum(dim=-1) < p
+    if not bool(inside_BT.any(dim=-1).all()):
+        return None
+    return tries_BT.gather(1, inside_BT.int().argmax(dim=-1, keepdim=True))[:, 0]

@@ -38,3 +38,11 @@ def test_a_model_with_int8_weights_is_close(models):
 def test_other_devices_are_refused():
     with pytest.raises(ConfigError, match="int8 weights run on the CPU only"):
         Int8Weight(torch.zeros(2, 2, device="meta"))
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4, 8, 64, 65])
+def test_any_number_of_rows_gives_the_same_product(rows):
+    x, weight = torch.randn(rows, 2, 48), torch.randn(96, 48)
+    out = linear(x, weight[8:72])
+    torch.testing.assert_close(out, x @ weight[8:72].t(), rtol=1e-5, atol=1e-5)
+    assert out.shape == (rows, 2, 64)

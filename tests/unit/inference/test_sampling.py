@@ -87,3 +87,16 @@ def test_temperature_zero_takes_the_best():
 def test_values_out_of_range_are_refused(bad):
     with pytest.raises(ConfigError, match=next(iter(bad))):
         Sampling(**bad)
+
+
+@pytest.mark.parametrize(("top_p", "scale"), [(0.9, 1.0), (0.9, 0.0), (0.3, 0.2), (0.01, 3.0), (0.999, 8.0)])
+def test_the_nucleus_is_found_without_sorting(top_p, scale):
+    """The same token as from the sorted vocabulary; a small nucleus of a flat distribution needs the sort."""
+    generator = torch.Generator().manual_seed(1)
+    many = scale * torch.randn(300, 500, generator=generator) + 1e-4 * torch.randn(300, 500, generator=generator)
+    seeds, positions, ids = torch.arange(300), torch.full((300,), 7), torch.arange(500)
+    for sampling in (Sampling(0.8, 0, top_p), Sampling(1.2, 40, top_p)):
+        expected = (keep(many, sampling) + gumbel_noise(seeds, positions, ids)).argmax(-1)
+        assert draw(many, sampling, seeds, positions, ids).equal(expected)
+        alone = torch.cat([draw(many[i : i + 1], sampling, seeds[i : i + 1], positions[:1], ids) for i in range(20)])
+        assert alone.equal(expected[:20])
