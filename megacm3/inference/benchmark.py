@@ -4,7 +4,7 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 
 from megacm3.inference.decoder import Decoder
 from megacm3.inference.engine import Engine, Request
-from megacm3.inference.guidance import ClassifierFree, Plain
+from megacm3.inference.guidance import ClassifierFree
 from megacm3.inference.linear import Int8Weight
 from megacm3.inference.modality import Grammar, Modes
 from megacm3.inference.sampling import Sampling
@@ -129,11 +129,10 @@ def _ours(decoder: Decoder, rounded: Decoder, vocabulary: Vocabulary, codes: int
     engines = {model: Engine(model, grammar, decoder.architecture.positions) for model in (decoder, rounded)}
 
     def runner(model: Decoder, samples: int, guided: bool = False) -> Callable[[], None]:
-        guidance = ClassifierFree(3.0) if guided else Plain()
-        guides = {"guides": lambda before: [unconditional]} if guided else {}
-        requests = [
-            Request(prompt, Modes.IMAGE, seed, image=SAMPLING, guidance=guidance, **guides) for seed in range(samples)
-        ]
+        plain = Request(prompt, Modes.IMAGE, image=SAMPLING)
+        if guided:
+            plain = replace(plain, guidance=ClassifierFree(3.0), guides=lambda before: [unconditional])
+        requests = [replace(plain, seed=seed) for seed in range(samples)]
 
         def run() -> None:
             events = list(engines[model].run(requests))
