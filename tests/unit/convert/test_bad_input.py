@@ -1,7 +1,10 @@
 """What must be refused, with the tensor's name, and nothing written."""
 
 import json
+import signal
 import struct
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -174,3 +177,28 @@ def test_half_written_checkpoints_and_taken_outputs(copy: Folders, tmp_path: Pat
     (native / "manifest.json").unlink()
     with pytest.raises(CheckpointError, match="holds no valid checkpoint step"):
         Export.of(native)
+
+
+KILLED = """
+import os, signal, sys
+from megacm3.convert import to_hf as module
+def killed(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+module._write_configs = killed
+module.to_hf(module.Export.of(sys.argv[1]), sys.argv[2], replace=True)
+"""
+
+
+def test_a_killed_export_leaves_the_old_one_whole(copy: Folders, tmp_path: Path) -> None:
+    """Killed with the weights written and no config yet: what lies there is refused by name, and the next run works."""
+    native, output = import_hf(copy("llama"), tmp_path / "native"), tmp_path / "hf"
+    to_hf(Export.of(native), output)
+    before = {path.name: path.read_bytes() for path in output.iterdir()}
+    ended = subprocess.run([sys.executable, "-c", KILLED, str(native), str(output)], check=False)
+    assert ended.returncode == -signal.SIGKILL
+    assert {path.name: path.read_bytes() for path in output.iterdir()} == before
+    (half,) = tmp_path.glob(".hf.*.tmp")
+    assert (half / "model.safetensors").is_file()
+    refused(half, tmp_path, "config.json does not exist")
+    to_hf(Export.of(native), output, replace=True)
+    assert {path.name for path in output.iterdir()} == before.keys()
