@@ -50,6 +50,8 @@ setup(
             "lxml-html-clean>=0.4",
             "spacy>=3.8,<4",
         ],
+        # Encoders of open_clip; its torchvision must be the build that goes with torch.
+        "open_clip": ["open_clip_torch>=3.3,<4"],
         # Other indexes of a memory bank: Milvus with its embedded Lite, Annoy, Pinecone's client.
         "milvus": ["pymilvus>=3.0.2,<4", "milvus-lite>=3.2,<4"],
         "annoy": ["annoy>=1.17.3,<2"],

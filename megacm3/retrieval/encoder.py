@@ -1,7 +1,8 @@
-"""Text and picture to unit vectors: a CLIP of `transformers` from a local folder.
+"""Text and picture to unit vectors: a CLIP of `transformers` or of `open_clip` from a local folder.
 
 The folder is what `CLIPModel.save_pretrained` and `CLIPProcessor.save_pretrained` leave: config.json, weights,
 preprocessor_config.json, tokenizer files. CM3Leon's retriever is such a ViT-B/32; `train_encoder` makes small ones.
+A folder with open_clip_config.json is one of open_clip's (open_clip_encoder.py).
 """
 
 import logging
@@ -22,10 +23,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 KIND = "encoder"
+OPEN_CLIP = "open_clip_config.json"
+"""The file that makes a folder one of open_clip's."""
+OPEN_CLIP_WEIGHTS = "open_clip_model.safetensors"
 REQUIRED = ("config.json", "preprocessor_config.json", "tokenizer_config.json")
 """Files without which a folder is no CLIP; the weights may be one file or several."""
 _READ: tuple[str, ...] = ("config.json", "*.safetensors", "*.safetensors.index.json", "preprocessor_config.json")
-_READ += ("tokenizer*.json", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json")
+_READ += (OPEN_CLIP, "tokenizer*.json", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json")
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
 Pictures: TypeAlias = Sequence[Image.Image] | np.ndarray
@@ -67,6 +71,8 @@ def encoder_files(folder: Path) -> list[Path]:
 def encoder_width(folder: str | Path) -> int:
     """Width of the vectors that a CLIP folder makes, without loading it."""
     _check_folder(Path(folder))
+    if (Path(folder) / OPEN_CLIP).is_file():
+        return int(read_json(Path(folder) / OPEN_CLIP)["model_cfg"]["embed_dim"])
     width = read_json(Path(folder) / "config.json").get("projection_dim", 512)
     if not isinstance(width, int):
         raise DataError(f"{folder}/config.json has projection_dim {width!r}; expected a number")
@@ -90,18 +96,23 @@ class Encoder:
         """Open a CLIP folder; nothing is fetched from anywhere.
 
         Raises DataError when the folder is missing, incomplete, damaged (a manifest's hashes are checked) or no CLIP,
-        ConfigError for a device that is not there.
+        ConfigError for a device that is not there, or an open_clip that is not installed.
         """
         folder = Path(folder)
         _check_folder(folder)
         import torch
-        from transformers import CLIPModel, CLIPTokenizer
-        from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
         if device.startswith("cuda") and not torch.cuda.is_available():
             raise ConfigError(f"device {device} was asked for and there is no CUDA device here; use --device cpu")
         if (folder / MANIFEST).is_file():
             read_manifest(folder, KIND, verify="sha256")
+        if (folder / OPEN_CLIP).is_file():
+            from megacm3.retrieval.open_clip_encoder import load_open_clip
+
+            return load_open_clip(folder, device, encoder_fingerprint(folder))
+        from transformers import CLIPModel, CLIPTokenizer
+        from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
         model: Any
         try:
             with _no_progress_bars():
@@ -135,8 +146,8 @@ class Encoder:
         import torch
 
         with torch.inference_mode():
-            given = torch.from_numpy(np.ascontiguousarray(pixels, np.float32)).to(self.model.device)
-            return self._collect([_projected(self.model.get_image_features(pixel_values=given))])
+            given = torch.from_numpy(np.ascontiguousarray(pixels, np.float32)).to(self.device)
+            return self._collect([self._image_features(given)])
 
     def encode_texts(self, texts: Sequence[str], batch: int = 64) -> np.ndarray:
         """float32 [n, d], unit length."""
@@ -155,14 +166,14 @@ class Encoder:
 
         blocks = []
         for start in range(0, len(rows), batch):
-            ids, mask = (tensor.to(self.model.device) for tensor in self.batch_tokens(rows[start : start + batch]))
+            ids, mask = (tensor.to(self.device) for tensor in self.batch_tokens(rows[start : start + batch]))
             with torch.inference_mode():
-                blocks.append(_projected(self.model.get_text_features(input_ids=ids, attention_mask=mask)))
+                blocks.append(self._text_features(ids, mask))
         return self._collect(blocks)
 
     def pixels(self, images: Pictures) -> np.ndarray:
         """float32 [n, 3, s, s] as the model wants them: resized, cropped and normalised as the folder says."""
-        flat = [np.asarray(image if isinstance(image, np.ndarray) else _flatten(image)) for image in images]
+        flat = [np.asarray(image if isinstance(image, np.ndarray) else flatten(image)) for image in images]
         result = self.processor(images=flat, return_tensors="np", input_data_format="channels_last")
         return np.ascontiguousarray(result.pixel_values, np.float32)
 
@@ -176,6 +187,18 @@ class Encoder:
         ids = torch.tensor([row + [pad] * (longest - len(row)) for row in marked])
         mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in marked])
         return ids, mask
+
+    @property
+    def device(self) -> "torch.device":
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+    def _image_features(self, pixels: "torch.Tensor") -> "torch.Tensor":
+        # transformers 5 gives an output object; the projected, not normalised vector is its pooler_output.
+        return self.model.get_image_features(pixel_values=pixels).pooler_output
+
+    def _text_features(self, ids: "torch.Tensor", mask: "torch.Tensor") -> "torch.Tensor":
+        return self.model.get_text_features(input_ids=ids, attention_mask=mask).pooler_output
 
     def _collect(self, blocks: list["torch.Tensor"]) -> np.ndarray:
         if not blocks:
@@ -198,12 +221,7 @@ def _no_progress_bars() -> Iterator[None]:
             hf_logging.enable_progress_bar()
 
 
-def _projected(features: Any) -> "torch.Tensor":
-    # transformers 5 gives an output object; the projected, not normalised vector is its pooler_output.
-    return features.pooler_output
-
-
-def _flatten(image: Image.Image) -> Image.Image:
+def flatten(image: Image.Image) -> Image.Image:
     # Transparency on white, as everywhere else in the project; PIL's convert("RGB") shows what lies below it.
     if image.mode == "RGB":
         return image
@@ -215,7 +233,11 @@ def _flatten(image: Image.Image) -> Image.Image:
 
 def _check_folder(folder: Path) -> None:
     if not folder.is_dir():
-        raise DataError(f"{folder} does not exist (expected a CLIP folder of transformers: --encoder DIR)")
+        raise DataError(f"{folder} does not exist (expected a CLIP folder of transformers or open_clip: --encoder DIR)")
+    if (folder / OPEN_CLIP).is_file():
+        if not (folder / OPEN_CLIP_WEIGHTS).is_file():
+            raise DataError(f"{folder} lacks {OPEN_CLIP_WEIGHTS}; expected open_clip's weights as safetensors")
+        return
     lacking = [name for name in REQUIRED if not (folder / name).is_file()]
     if not any((folder / name).is_file() for name in _WEIGHTS):
         lacking.append(_WEIGHTS[0])

@@ -19,6 +19,7 @@ OPTIONAL = {
     "milvus_lite": "extra milvus",
     "annoy": "extra annoy",
     "pinecone": "extra pinecone",
+    "open_clip": "extra open_clip",
     "crc32c": "extra tfrecord",
     "google": "protobuf, which comes with tfrecord",
     "warcio": "extra crawl",
