@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import Any, NoReturn, TypeVar
 
-from megacm3.errors import Megacm3Error, Stopped
+from megacm3.errors import ConfigError, Megacm3Error, Stopped
 
 Item = TypeVar("Item")
 
@@ -62,3 +62,12 @@ def seed_from(*parts: Any) -> int:
     """
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
+
+
+def pairs(flag: str, given: Iterable[str]) -> dict[str, str]:
+    """KEY=VALUE words of a flag as a dict. Raises ConfigError for one that has no key or no value."""
+    given = list(given)
+    found = dict(pair.partition("=")[::2] for pair in given)
+    if not all(found) or not all(found.values()):
+        raise ConfigError(f"{flag} {' '.join(given)}; expected KEY=VALUE")
+    return found

@@ -6,7 +6,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megacm3.command import run
+from megacm3.command import pairs, run
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -31,6 +31,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--merge", action="store_true", help="merge the shards into one index on disk")
     add("--batch", type=int, default=64, help="pictures encoded at once (default %(default)s)")
     add("--workers", type=int, default=0, help="units at once (default: 1 for a small store, else one a core)")
+    add("--executor", choices=("local", "slurm", "ray"), default="local")
+    add("--slurm", nargs="+", default=[], metavar="KEY=VALUE", help="partition=NAME and other options of sbatch")
     add("--device", default="cpu", help="where pictures are encoded: cpu or cuda")
     add("--seed", type=int, default=0)
     add("--overwrite", action="store_true", help="replace a bank made from other inputs or settings")
@@ -59,6 +61,8 @@ def main(arguments: list[str] | None = None) -> int:
             seed=given.seed,
             workers=given.workers,
             device=given.device,
+            executor=given.executor,
+            slurm=pairs("--slurm", given.slurm),
             overwrite=given.overwrite,
         )
     )

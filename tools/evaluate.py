@@ -1,9 +1,14 @@
-"""Measure an exported model: perplexity over a token store, or the quickstart's fidelity figure over pictures."""
+"""Measure an exported model.
+
+perplexity over a token store; fidelity, the quickstart's figure over pictures; retrieval: loss per image token of a
+held-out store with no, retrieved and random documents in front.
+"""
 
 import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -15,23 +20,34 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("--model", required=True, metavar="HF_DIR", help="folder made by convert_checkpoint.py to-hf")
-    add("--task", required=True, help="perplexity or fidelity")
-    add("--input", required=True, nargs="+", help="perplexity: a store; fidelity: the training pictures (tars, ...)")
+    add("--task", required=True, help="perplexity, fidelity or retrieval")
+    add("--input", required=True, nargs="+", help="perplexity, retrieval: a store; fidelity: the training pictures")
     add("--output", metavar="JSON", help="also write the result to this file")
     add("--device", default="cpu", help="cpu, cuda or cuda:N (default %(default)s)")
-    add("--limit", type=int, help="perplexity: first documents only")
+    add("--limit", type=int, help="perplexity, retrieval: first documents only")
     add("--count", type=int, default=32, help="fidelity: captions drawn (default %(default)s)")
     add("--seed", type=int, default=0, help="fidelity: of captions and samples (default %(default)s)")
     add("--guidance", type=float, nargs="+", default=[3.0], help="fidelity: each value is measured (default 3)")
     add("--temperature", type=float, nargs="+", default=[1.0], help="fidelity: each value (default 1)")
     add("--top-p", type=float, nargs="+", default=[0.8], help="fidelity: each value (default 0.8)")
+    _add_retrieval(parser.add_argument_group("retrieval"))
     return parser
+
+
+def _add_retrieval(group: Any) -> None:
+    add = group.add_argument
+    add("--more-models", nargs="+", default=[], metavar="HF_DIR", help="the same recipe with other seeds")
+    add("--baseline", nargs="+", default=[], metavar="HF_DIR", help="the recipe without retrieval, seed by seed")
+    add("--neighbours", metavar="DIR", help="of the held-out store (tools/find_neighbours.py --queries)")
+    add("--store", metavar="DIR", help="the training store, whose documents stand in front")
+    add("--bank", metavar="DIR", help="the training bank: also time its search")
+    add("--report", metavar="HTML", help="also write the table as a page")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse, measure, print and perhaps write the result."""
     given = _parser().parse_args(arguments)
-    tasks = {"perplexity": _perplexity, "fidelity": _fidelity}
+    tasks = {"perplexity": _perplexity, "fidelity": _fidelity, "retrieval": _retrieval}
     if given.task not in tasks:
         raise ConfigError(f"--task {given.task} is unknown; expected one of {', '.join(tasks)}")
 
@@ -81,6 +97,36 @@ def _fidelity(generator, given: argparse.Namespace) -> dict:
             flush=True,
         )
     return measured[0] if len(measured) == 1 else {"measured": measured}
+
+
+def _retrieval(generator, given: argparse.Namespace) -> dict:
+    from megacm3.data.store import Store
+    from megacm3.evaluation import retrieval_gain
+    from megacm3.evaluation.page import write_page
+    from megacm3.inference.api import Generator
+    from megacm3.retrieval.bank import MemoryBank
+    from megacm3.retrieval.neighbours import NeighbourTable
+
+    if len(given.input) != 1 or not given.neighbours or not given.store:
+        raise ConfigError("--task retrieval needs one held-out store as --input, --neighbours and --store")
+    models = [generator, *(Generator.load(folder, given.device) for folder in given.more_models)]
+    baseline = [Generator.load(folder, given.device) for folder in given.baseline]
+    stores = Store.open(given.input[0]), Store.open(given.store)
+    held_out = retrieval_gain.HeldOut(*stores, NeighbourTable.open(given.neighbours), seed=given.seed)
+    result = retrieval_gain.gain(models, held_out, baseline, given.limit)
+    if given.bank:
+        captions = [text for text in stores[0].metadata(["caption"])["caption"].to_pylist() if text]
+        result["latency_ms"] = retrieval_gain.latency(MemoryBank.open(given.bank), captions)
+        for name, waits in result["latency_ms"].items():
+            print(f"{name}: p50 {waits['p50']:.2f} ms, p99 {waits['p99']:.2f} ms a prompt")
+    made = retrieval_gain.section(result)
+    for row in retrieval_gain.table(result):
+        print(" | ".join(row))
+    for line in retrieval_gain.words(result):
+        print(line)
+    if given.report:
+        write_page(given.report, "Retrieval", "Made by tools/evaluate.py --task retrieval.", [], [made])
+    return result
 
 
 if __name__ == "__main__":

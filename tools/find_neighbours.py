@@ -6,7 +6,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megacm3.command import run
+from megacm3.command import pairs, run
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -25,6 +25,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--duplicate", type=float, default=0.98, metavar="S", help="documents this alike count as copies")
     add("--block", type=int, default=0, metavar="N", help="documents a unit (default: by size)")
     add("--workers", type=int, default=0, help="units at once (default: 1 for a small bank, else one a core)")
+    add("--executor", choices=("local", "slurm", "ray"), default="local")
+    add("--slurm", nargs="+", default=[], metavar="KEY=VALUE", help="partition=NAME and other options of sbatch")
     add("--device", default="cpu", help="where text queries are encoded: cpu or cuda")
     add(
         "--verify", choices=("none", "size", "sha256"), default="sha256", help="check of the bank (default %(default)s)"
@@ -42,6 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     given.output = given.output.rstrip("/")
     names = NeighbourOptions.__dataclass_fields__
+    given.slurm = pairs("--slurm", given.slurm)
     given.held_out = tuple(given.held_out)
     options = NeighbourOptions(**{name: value for name, value in vars(given).items() if name in names})
     report = find_neighbours(options, given.verify)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megacm3.command import run
+from megacm3.command import pairs, run
 from megacm3.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -87,22 +87,15 @@ def _sft_options(given: argparse.Namespace) -> "SftOptions | None":
 
     from megacm3.sft.read import make_options
 
-    fields = _pairs("--field", given.field)
+    fields = pairs("--field", given.field)
     chosen = (given.sft, given.sft_tasks, given.way, given.variants, given.sft_seed, given.split)
     return make_options(*chosen, fields, given.text_tokenizer)
-
-
-def _pairs(flag: str, words: list[str]) -> dict[str, str]:
-    pairs = dict(word.partition("=")[::2] for word in words)
-    if not all(key and value for key, value in pairs.items()):
-        raise ConfigError(f"{flag} {' '.join(words)}; expected KEY=VALUE")
-    return pairs
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse, run or continue the job, say what was made."""
     given = _parser().parse_args(arguments)
-    slurm = _pairs("--slurm", given.slurm)
+    slurm = pairs("--slurm", given.slurm)
     sft = _sft_options(given)
 
     from megacm3.data.executors import ExecutorOptions

@@ -154,7 +154,8 @@ def run_units(work: Path, plan: dict[str, Any], options: ExecutorOptions) -> boo
     workers = options.workers or (_gpus() if options.device == "cuda" else cores)
     if options.executor == "slurm":
         threads = options.threads or int((_SLURM_DEFAULTS | options.slurm)["cpus_per_task"])
-        _submit(TokenizeUnit(str(work), options.device, threads), work, plan, options)
+        step = TokenizeUnit(str(work), options.device, threads)
+        submit(step, len(plan["shards"]), f"pretokenize-{plan['job'][:8]}", work, options)
         return False
     threads = options.threads or max(1, cores // min(workers, len(missing)))
     step = TokenizeUnit(str(work), options.device, threads)
@@ -183,14 +184,18 @@ def _gpus() -> int:
     return max(1, torch.cuda.device_count())
 
 
-def _submit(step: TokenizeUnit, work: Path, plan: dict[str, Any], options: ExecutorOptions) -> None:
+def submit(step: Any, tasks: int, name: str, work: Path, options: ExecutorOptions) -> None:
+    """Hand `tasks` tasks of a datatrove step to Slurm; the job's number goes to `work/submitted.json`.
+
+    Raises ConfigError when sbatch refuses them.
+    """
     from datatrove.executor.slurm import SlurmPipelineExecutor
 
     given = _SLURM_DEFAULTS | options.slurm
     root = Path(__file__).resolve().parents[2]
     executor = SlurmPipelineExecutor(
         [step],
-        tasks=len(plan["shards"]),
+        tasks=tasks,
         workers=options.workers or -1,
         partition=given.pop("partition"),
         time=given.pop("time"),
@@ -198,7 +203,7 @@ def _submit(step: TokenizeUnit, work: Path, plan: dict[str, Any], options: Execu
         mem_per_cpu_gb=int(given.pop("mem_per_cpu_gb")),
         gpus_per_task=1 if options.device.startswith("cuda") else 0,
         qos=given.pop("qos"),
-        job_name=f"pretokenize-{plan['job'][:8]}",
+        job_name=name,
         # The tasks find this package and this environment, whatever their login shell says.
         env_command=f"export PYTHONPATH={root}:$PYTHONPATH PATH={Path(sys.executable).parent}:$PATH",
         logging_dir=str(work / "log"),

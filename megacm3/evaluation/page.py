@@ -3,10 +3,12 @@
 import base64
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
 from megacm3.evaluation.pictures import png_bytes
+from megacm3.files import new_file
 
 
 @dataclass(frozen=True)
@@ -114,3 +116,11 @@ def render(title: str, lead: str, cards: Sequence[tuple[str, str]], sections: Se
 
     template = Environment(autoescape=True, trim_blocks=True).from_string(_PAGE)
     return template.render(title=title, lead=lead, cards=cards, sections=sections)
+
+
+def write_page(
+    path: str | Path, title: str, lead: str, cards: Sequence[tuple[str, str]], sections: Sequence[Section]
+) -> None:
+    """`render` to a file."""
+    with new_file(path) as temporary:
+        temporary.write_text(render(title, lead, cards, sections), encoding="utf-8")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from megacm3.command import seed_from
-from megacm3.evaluation import charts
+from megacm3.evaluation import charts, retrieval_gain
 from megacm3.evaluation.fidelity import Fidelity, Settings, measure
 from megacm3.evaluation.page import Figure, Section, render
 from megacm3.evaluation.pictures import Gallery, png_bytes, read_gallery, titled_sheets
@@ -31,7 +31,8 @@ class Places:
     """What the quickstart's report is made from and where it goes."""
 
     run: Path
-    """Folder with hf/ and train/; of store/, neighbours/, perplexity.json and timings.jsonl it shows what is there."""
+    """Folder with hf/ and train/; of store/, neighbours/, {perplexity,retrieval}.json, timings.jsonl it shows what is
+    there."""
     training: Sequence[str]
     """Paths or globs of the training pictures."""
     heldout: Sequence[str] = ()
@@ -61,6 +62,8 @@ def quickstart_report(places: Places, device: str = "cpu") -> Fidelity:
     ]
     if (places.run / "neighbours").is_dir():
         sections.append(_neighbours(generator, places.run, training))
+    if (places.run / "retrieval.json").is_file():
+        sections.append(retrieval_gain.section(read_json(places.run / "retrieval.json")))
     sections.append(_curves(metrics, places.run / "perplexity.json"))
     cards = [(f"{found.fidelity:.0%}", f"fidelity of {places.settings.count} pictures")]
     cards += [(f"{found.reconstruction:.0%}", "fidelity of the image tokenizer alone"), *_loss_cards(metrics)]

@@ -6,13 +6,14 @@ started again, and leave the same bytes.
 
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from megacm3.command import seed_from
+from megacm3.data.executors import ExecutorOptions
 from megacm3.data.store import Store
 from megacm3.errors import ConfigError, DataError
 from megacm3.faults import strike
@@ -30,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 _AT_ONCE = 8192
 """Vectors in memory at once, where all are gone through."""
+_COMPARED = 65_536
+"""Vectors that exact answers are compared with at once: merging the answers of small blocks takes longer than they."""
 _EVALUATED = 1000
 """Queries of each kind with which the recall is measured."""
 _EXACT_BUDGET = 2e12
@@ -64,7 +67,16 @@ class BankOptions:
     workers: int = 0
     """Units at once; 0: one below 20,000 documents, else one a core."""
     device: str = "cpu"
+    executor: str = "local"
+    """Where units run: local, slurm or ray; nothing of it changes the bank."""
+    slurm: dict[str, str] = field(default_factory=dict)
+    """Options of sbatch, as in `ExecutorOptions`."""
     overwrite: bool = False
+
+    @property
+    def where(self) -> ExecutorOptions:
+        """For `run_units`."""
+        return ExecutorOptions(self.executor, self.workers, device=self.device, slurm=self.slurm)
 
 
 @dataclass(frozen=True)
@@ -108,7 +120,7 @@ def _make(options: BankOptions, job: Job, store: Store, precomputed: str) -> Man
     parts = len(store.settings["parts"])
     units = EmbedParts(options.store, encoder, precomputed, options.inputs, parts, options.batch, options.device)
     workers = options.workers or (1 if len(store) < 20_000 else 0)
-    run_units(units, job.work, workers)
+    run_units(units, job.work, workers, options.where)
     rows = _write_rows(job.folder, store)
     if encoder and not (job.folder / "encoder").is_dir():
         copy_encoder(encoder, job.folder / "encoder")
@@ -122,6 +134,7 @@ def _check(options: BankOptions) -> None:
         raise ConfigError("--batch must be at least 1, --shard-size and --nprobe at least 0")
     if not options.inputs and not options.encoder.startswith(PREFIX):
         raise ConfigError("--input is needed: the pictures and captions that the store was made from")
+    options.where.check()
     backends.check_backend(options.backend, options.server, options.merge)
 
 
@@ -256,7 +269,7 @@ def make_shards(work: Path, rows: list[int], options: BankOptions, workers: int)
         _train(folder, empty, Embeddings(folder, rows), options.seed)
     shard_rows = options.shard_rows or indexes.shard_size(total)
     count = -(-total // shard_rows)
-    run_units(AddShards(factory, tuple(rows), shard_rows, count), work, workers)
+    run_units(AddShards(factory, tuple(rows), shard_rows, count), work, workers, options.where)
     return factory, [folder / "index" / shard_name(number, count) for number in range(count)]
 
 
@@ -320,8 +333,8 @@ def exact_search(queries: np.ndarray, embeddings: Embeddings, doc_ids: np.ndarra
     faiss = indexes.load_faiss()
     queries = np.ascontiguousarray(queries, np.float32)
     best = np.full((len(queries), k), -np.inf, np.float32), np.full((len(queries), k), -1, np.int64)
-    for start in range(0, len(embeddings), _AT_ONCE):
-        rows = np.arange(start, min(start + _AT_ONCE, len(embeddings)))
+    for start in range(0, len(embeddings), _COMPARED):
+        rows = np.arange(start, min(start + _COMPARED, len(embeddings)))
         vectors = embeddings.documents(rows)
         scores, near = faiss.knn(queries, vectors, min(k, len(rows)), metric=faiss.METRIC_INNER_PRODUCT)
         best = indexes.merge(best, (scores, doc_ids[rows[near]]), k)

@@ -13,13 +13,14 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from megacm3.command import seed_from
+from megacm3.data.executors import ExecutorOptions
 from megacm3.errors import ConfigError, DataError
 from megacm3.files import Manifest, new_file, read_manifest
 from megacm3.retrieval.bank import KIND as BANK_KIND
@@ -79,10 +80,20 @@ class NeighbourOptions:
     workers: int = 0
     """Units at once; 0: one below 20,000 documents, else one a core."""
     device: str = "cpu"
+    executor: str = "local"
+    """Where units run: local, slurm or ray; nothing of it changes the lists."""
+    slurm: dict[str, str] = field(default_factory=dict)
+    """Options of sbatch, as in `ExecutorOptions`."""
     overwrite: bool = False
+
+    @property
+    def where(self) -> ExecutorOptions:
+        """For `run_units`."""
+        return ExecutorOptions(self.executor, self.workers, device=self.device, slurm=self.slurm)
 
     def check(self) -> None:
         """Raises ConfigError for values out of range."""
+        self.where.check()
         if not 1 <= self.keep <= MAX_KEEP or self.search < self.keep:
             raise ConfigError(
                 f"--keep {self.keep} --search {self.search}; expected 1 <= keep <= {MAX_KEEP}, search >= keep"
@@ -144,7 +155,7 @@ def _make(
     held_out = held_out_copies(bank, options.held_out, options.duplicate)
     job.prepare(options.overwrite)
     workers = options.workers or (1 if asking.documents < 20_000 else 0)
-    run_units(blocks, job.work, workers)
+    run_units(blocks, job.work, workers, options.where)
     _write_metadata(job.folder, bank, asking, blocks.count, held_out)
     sizes = {"documents": asking.documents, "rows": len(bank), "dim": bank.dim}
     foreign = {"foreign": bool(options.queries), "asking_rows": len(asking), "held_out": int(held_out.sum())}

@@ -10,11 +10,12 @@ import logging
 import os
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import loguru
 
@@ -31,11 +32,16 @@ from megacm3.files import (
     write_manifest,
 )
 
+if TYPE_CHECKING:
+    from megacm3.data.executors import ExecutorOptions
+
 logger = logging.getLogger(__name__)
 # A task of datatrove logs a dozen lines of its own; faults come back as exceptions.
 loguru.logger.disable("datatrove")
 
-DONE, FOLDER, LOCK, LOG, PLAN = "done", "folder", "lock", "log", "plan.json"
+DONE, FOLDER, LOCK, LOG, PLAN, SUBMITTED = "done", "folder", "lock", "log", "plan.json", "submitted.json"
+_POLL_SECONDS = 5.0
+"""Between two looks at Slurm's queue."""
 
 
 class Units(Protocol):
@@ -195,16 +201,20 @@ def unit_done(work: Path, stage: str, number: int) -> bool:
     return all(path.is_file() and path.stat().st_size == size for path, size in sizes)
 
 
-def run_units(units: Units, work: Path, workers: int = 1) -> int:
+def run_units(units: Units, work: Path, workers: int = 1, where: "ExecutorOptions | None" = None) -> int:
     """Make every unit that is not done yet, `workers` at a time; gives their number.
 
-    Raises what a unit raises; finished units are kept.
+    where: on which machines (default: here); Slurm and Ray take its `workers` and not `workers`. Raises what a unit
+    raises; finished units are kept.
     """
     if workers < 0:
         raise ConfigError(f"--workers {workers}; expected 0 or more")
     missing = [number for number in range(units.count) if not unit_done(work, units.stage, number)]
     if not missing:
         return 0
+    if where is not None and where.executor != "local":
+        _run_elsewhere(units, work, tuple(missing), where)
+        return len(missing)
     workers = min(workers or len(os.sched_getaffinity(0)), len(missing))
     if workers == 1:
         shown = missing if len(missing) == 1 else progress(missing, unit="unit", description=units.stage)
@@ -220,6 +230,35 @@ def run_units(units: Units, work: Path, workers: int = 1) -> int:
     with _watched(units, work, len(missing)):
         LocalPipelineExecutor([step], tasks=len(missing), workers=workers, logging_dir=str(log)).run()
     return len(missing)
+
+
+def _run_elsewhere(units: Units, work: Path, missing: tuple[int, ...], where: "ExecutorOptions") -> None:
+    from megacm3.data.executors import running_job, submit
+
+    step, log = DatatroveStep(units, str(work), missing), work / LOG
+    with _watched(units, work, len(missing)):
+        if where.executor == "ray":
+            from datatrove.executor.ray import RayPipelineExecutor
+
+            shutil.rmtree(log, ignore_errors=True)
+            # Without a number: as many as there are.
+            limit = where.workers or -1
+            RayPipelineExecutor([step], tasks=len(missing), workers=limit, logging_dir=str(log)).run()
+        else:
+            # A job that an earlier run of this command handed in is waited for, not handed in twice.
+            if running_job(work) is None:
+                shutil.rmtree(log, ignore_errors=True)
+                submit(step, len(missing), f"{units.stage}-{work.stem}", work, where)
+                logger.info("%s: %d units handed to Slurm; logs in %s", units.stage, len(missing), log)
+            while running_job(work) is not None:
+                time.sleep(_POLL_SECONDS)
+            (work / SUBMITTED).unlink(missing_ok=True)
+    lost = [number for number in missing if not unit_done(work, units.stage, number)]
+    if lost:
+        raise DataError(
+            f"{len(lost)} of {len(missing)} units of {units.stage} failed under {where.executor} (first: {lost[0]}); "
+            f"see {log}, then run the same command again"
+        )
 
 
 @dataclass(frozen=True)

@@ -189,7 +189,8 @@ def test_the_rule_of_sizes():
     expected = {
         1: "Flat",
         999: "Flat",
-        1000: "IVF16,Flat",
+        9999: "Flat",
+        10_000: "IVF256,SQfp16",
         60_000: "IVF1024,SQfp16",
         1_000_000: "IVF4096,SQ8",
         5_000_000: "IVF16384,SQ8",

@@ -10,8 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from megacm3.data.executors import ExecutorOptions
 from megacm3.errors import ConfigError, DataError
 from megacm3.files import new_file, read_manifest
+from megacm3.retrieval.build_bank import BankOptions
+from megacm3.retrieval.find_neighbours import NeighbourOptions
 from megacm3.retrieval.units import Job, run_unit, run_units, unit_done
 from tests.unit.retrieval.conftest import same_bytes
 
@@ -193,3 +196,86 @@ def test_several_workers_give_the_same_bytes_and_pass_errors_on(tmp_path):
     run_units(Squares(), made.work, 2)
     made.commit({"count": 4})
     assert same_bytes(tmp_path / "one" / "out", tmp_path / "broken" / "out")
+
+
+SBATCH = """#!/bin/bash
+# Runs a job script here and now, one array task after the other, as a Slurm of one node would.
+script="${@: -1}"
+echo "$@" >> "$SLURM_FAKE/calls"
+cp "$script" "$SLURM_FAKE/script.sh"
+tasks=$(sed -n 's/^#SBATCH --array=0-\\([0-9]*\\).*/\\1/p' "$script")
+if ! grep -q merge_stats "$script"; then
+  for task in $(seq 0 "$tasks"); do
+    RUN_OFFSET=0 SLURM_ARRAY_TASK_ID=$task SLURM_NODELIST=here bash "$script" > "$SLURM_FAKE/task-$task.log" 2>&1
+  done
+fi
+echo "Submitted batch job 42"
+"""
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch) -> Path:
+    """Slurm's programs as scripts that run a job on this machine; `queue` is what squeue shows."""
+    folder = tmp_path / "slurm"
+    (folder / "bin").mkdir(parents=True)
+    programs = {"sbatch": SBATCH, "srun": '#!/bin/bash\nshift 3\nexec "$@"\n', "scontrol": "#!/bin/bash\necho here\n"}
+    programs["squeue"] = "#!/bin/bash\ncat $SLURM_FAKE/queue\n: > $SLURM_FAKE/queue\n"
+    for name, text in programs.items():
+        (folder / "bin" / name).write_text(text)
+        (folder / "bin" / name).chmod(0o755)
+    (folder / "queue").write_text("")
+    monkeypatch.setenv("PATH", f"{folder / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_FAKE", str(folder))
+    monkeypatch.setattr("megacm3.retrieval.units._POLL_SECONDS", 0.1)
+    return folder
+
+
+@pytest.mark.long
+def test_units_run_under_slurm_and_are_waited_for(tmp_path, slurm):
+    finish(job(tmp_path / "here"), Squares())
+    where = ExecutorOptions("slurm", workers=2, slurm={"partition": "cpu", "account": "me"})
+    made = job(tmp_path / "there")
+    made.prepare()
+    run_unit(Squares(), made.work, 1)
+    assert run_units(Squares(), made.work, 0, where) == 3
+    made.commit({"count": 4})
+    assert same_bytes(tmp_path / "here" / "out", tmp_path / "there" / "out")
+    script = (slurm / "script.sh").read_text()
+    for line in ("--partition=cpu", "--account=me", "--job-name=squares-out"):
+        assert line in script, script
+
+
+@pytest.mark.long
+def test_a_job_in_the_queue_is_not_handed_in_twice(tmp_path, slurm):
+    where = ExecutorOptions("slurm", slurm={"partition": "cpu"})
+    made = job(tmp_path / "there")
+    made.prepare()
+    (made.work / "submitted.json").write_text('{"job": 42}')
+    (slurm / "queue").write_text("42 cpu squares R\n")
+    # It leaves the queue and its units are not there: said, with what to do.
+    with pytest.raises(DataError, match="4 of 4 units of squares failed under slurm"):
+        run_units(Squares(), made.work, 0, where)
+    assert not (slurm / "calls").exists()
+    with pytest.raises(DataError, match="1 of 4 units of squares failed under slurm"):
+        run_units(Squares(broken=2), made.work, 0, where)
+    assert run_units(Squares(), made.work, 0, where) == 1
+
+
+@pytest.mark.long
+def test_units_run_under_ray(tmp_path, monkeypatch):
+    ray = pytest.importorskip("ray", reason="the package ray (extra `ray`) is not installed")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    made = job(tmp_path / "there")
+    made.prepare()
+    try:
+        assert run_units(Squares(), made.work, 0, ExecutorOptions("ray", workers=2)) == 4
+    finally:
+        ray.shutdown()
+
+
+def test_an_executor_that_is_not_here_is_refused():
+    with pytest.raises(ConfigError, match="--slurm partition=NAME"):
+        BankOptions("store", "encoder", "bank", ("x",), executor="slurm").where.check()
+    with pytest.raises(ConfigError, match="expected local, slurm or ray"):
+        NeighbourOptions("bank", "out", executor="spark").check()
