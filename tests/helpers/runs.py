@@ -13,6 +13,7 @@ from megacm3.errors import Megacm3Error
 from megacm3.faults import VARIABLE
 from tests.helpers.distributed import ROOT, run_distributed
 from tests.helpers.stores import make_store
+from tests.helpers.tools import run_tool
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,14 @@ def train_ranks(
     """Launch the trainer. Raises RankError when a rank is killed (as by a fault `...:kill9`) or hangs."""
     arguments = [str(config), f"train.out={out}", *overrides]
     return run_distributed(trained, ranks, timeout=timeout, arguments=arguments, fault=fault)
+
+
+def tool(name: str, arguments: list[str], fault: str) -> tuple[int, str]:
+    """A command of tools/ on a forked rank, which a fault may kill. It stands here and not in the test's module: the
+    process that forks must not import what the tool does.
+    """
+    os.environ[VARIABLE] = fault
+    return run_tool(name, *arguments)
 
 
 def finished(outcomes: list[Outcome]) -> None:
