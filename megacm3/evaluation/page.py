@@ -72,7 +72,7 @@ figcaption div + div { color: var(--soft); }
 .charts { display: flex; flex-wrap: wrap; gap: 12px; } .charts svg { max-width: 100%; height: auto; }
 table { border-collapse: collapse; font-size: 14px; } th { text-align: left; color: var(--soft); font-weight: 600; }
 td, th { padding: 3px 18px 3px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
-td + td { font-variant-numeric: tabular-nums; }
+td + td { font-variant-numeric: tabular-nums; } pre { font-size: 12px; overflow: auto; }
 </style>
 </head>
 <body>

@@ -75,7 +75,7 @@ def write_report(out: Path, notes: dict[str, str] | None = None) -> Path:
     if rows:
         last = rows[-1]
         names = ("loss", "loss_text", "loss_image", "grad_norm", "tokens_per_second", "flops_utilization")
-        cards = [(f"{last['step']:,}", "step"), (f"{last['tokens']:,.4g}", "tokens")]
+        cards = [(f"{last['step']:,}", "step"), (f"{last['tokens']:,}", "tokens")]
         cards += [(f"{last[name]:,.4g}", name.replace("_", " ")) for name in names if last.get(name) is not None]
         table += [list(row) for row in (*_data_shares(rows), *_saves(rows))]
         table += [["slow rank", f"step {row['step']}: {row['slow']}"] for row in rows if "slow" in row][-5:]
@@ -85,5 +85,7 @@ def write_report(out: Path, notes: dict[str, str] | None = None) -> Path:
     config = (out / "config.yaml").read_text(encoding="utf-8") if (out / "config.yaml").exists() else ""
     sections.append(Section("Config", fragments=[f"<pre>{html.escape(config)}</pre>"]))
     with new_file(out / "report.html") as temporary:
-        temporary.write_text(render(str(out), "A training run of megacm3.", cards, sections), encoding="utf-8")
+        temporary.write_text(
+            render(out.name, f"A training run of megacm3 in {out}.", cards, sections), encoding="utf-8"
+        )
     return out / "report.html"
