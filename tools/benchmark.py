@@ -2,8 +2,8 @@
 
 convert = export and import at a model's real size, beside plain copies of its bytes. pretokenize = pictures to codes on
 all cores, beside the bare decoding and encoding of a picture. checkpoint = a background save of 2.1 GB, beside dd.
-retrieval = recall, speed and memory of a memory bank beside bare FAISS with the same index. generate = the decoder
-beside the memory's ceiling and beside transformers.
+retrieval = recall, speed and memory of a memory bank beside bare FAISS with the same index. train = a step of
+the trainer, beside a plain torch loop over transformers' class and a bare loop over megatron-core's layers.
 """
 
 import argparse
@@ -34,34 +34,11 @@ def _parser() -> argparse.ArgumentParser:
     checkpoint.add_argument("--rounds", type=int, default=7, help="default %(default)s")
     checkpoint.add_argument("--work", default="benchmark", metavar="DIR", help="where the files go, removed afterwards")
     _add_retrieval(commands)
-    generate = commands.add_parser("generate", help="the decoder beside transformers on a random export of 0.5 GB")
-    generate.add_argument("--codes", type=int, default=64, help="of an image (default %(default)s)")
-    generate.add_argument("--rounds", type=int, default=7, help="default %(default)s")
-    generate.add_argument("--work", default="benchmark", metavar="DIR", help="where the files go, removed afterwards")
+    train = commands.add_parser("train", help="one process on the CPU; a trunk of 25.7M, vocabulary 65,536, fp32")
+    train.add_argument("--rounds", type=int, default=12, help="steps of each program, alternated; default %(default)s")
+    train.add_argument("--profile", type=int, default=0, metavar="N", help="list the N costliest operations of a step")
+    train.add_argument("overrides", nargs="*", metavar="key=value", help="for example train.global_batch=8")
     return parser
-
-
-def _generate(given: argparse.Namespace) -> int:
-    import shutil
-
-    from megacm3.inference.benchmark import BATCH, benchmark_generate
-
-    if Path(given.work).exists():
-        raise ConfigError(f"--work {given.work} exists already; it would be removed")
-    try:
-        timing = benchmark_generate(Path(given.work), given.codes, given.rounds, lambda line: print(line, flush=True))
-    finally:
-        shutil.rmtree(given.work, ignore_errors=True)
-    for name in timing.rounds:
-        rate, warm = timing.rate(name), timing.warm_up[name]
-        print(f"{name:28} {rate:6.1f} steps/s, {rate * timing.megabytes / 1e3:5.1f} GB/s (first call {warm:.1f} s)")
-    print(f"one image: {100 * timing.ratio('ceiling', 'megacm3'):.0f} % of the memory's ceiling")
-    print(f"one image: {timing.ratio(timing.best_peer, 'megacm3'):.2f} x as fast as {timing.best_peer}")
-    print(f"guided: {timing.ratio('megacm3, guided', 'megacm3'):.2f} x the time of one stream")
-    print(f"int8: {timing.ratio('megacm3', 'megacm3, int8'):.2f} x as fast")
-    together = BATCH * timing.ratio("megacm3", f"megacm3, {BATCH} at once")
-    print(f"{BATCH} at once: {together:.2f} x the throughput of {BATCH} in turn")
-    return 0
 
 
 def _checkpoint(given: argparse.Namespace) -> int:
@@ -126,6 +103,29 @@ def _pretokenize(given: argparse.Namespace) -> int:
     return 0
 
 
+def _train(given: argparse.Namespace) -> int:
+    from megacm3.training.benchmark import benchmark_train
+
+    found = benchmark_train(given.rounds, given.overrides, lambda line: print(line, flush=True), given.profile)
+    print(f"{'':16}{'tokens/s':>10}{'of matmul peak':>16}{'peak above states':>19}{'process':>10}")
+    for name, result in found.results.items():
+        print(
+            f"{name:16}{found.tokens_per_second(name):10.0f}{100 * found.utilisation(name):14.1f} %"
+            f"{result.above_states / 1e6:16.0f} MB{result.process_bytes / 1e6:7.0f} MB"
+        )
+    mine = found.results["megacm3"]
+    for name in ("transformers", "megatron-core"):
+        memory = mine.above_states / found.results[name].above_states
+        print(
+            f"megacm3: {found.ratio('megacm3', name):.3f} x the speed of {name}, {memory:.2f} x its memory above states"
+        )
+    if found.profile:
+        seconds, rows = found.profile
+        for operation, calls, own in rows:
+            print(f"{operation[:64]:66}{calls:6} calls{1e3 * own:9.1f} ms{100 * own / seconds:7.1f} %")
+    return 0
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Measure and print."""
     given = _parser().parse_args(arguments)
@@ -135,8 +135,8 @@ def main(arguments: list[str] | None = None) -> int:
         return _checkpoint(given)
     if given.command == "retrieval":
         return _retrieval(given)
-    if given.command == "generate":
-        return _generate(given)
+    if given.command == "train":
+        return _train(given)
 
     from megacm3.convert.benchmark import convert
 
