@@ -44,7 +44,7 @@ export DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES="" TOKENIZERS_PARALLELISM=false
 export PYTHONWARNINGS="ignore:Transformer Engine and Apex are not installed:UserWarning,ignore::FutureWarning"
 
 config=examples/configs/sft.yaml
-steps=1000 # train.steps of the config
+steps=800 # train.steps of the config
 count=64 train_overrides=()
 if [[ "$budget" == small ]]; then
   steps=6 count=2
