@@ -94,6 +94,9 @@ class DataConfig:
     """A store's share is at most so many times its part of all documents (CM3Leon's fine-tuning: 3). 0 = no bound."""
     downsample: float = 0.0
     """A store's share is at least this times its part of all documents (CM3Leon's fine-tuning: 0.3). 0 = no bound."""
+    image_answers: float = 0.0
+    """Fine-tuning: share of the drawn answers that hold a picture; the weights are scaled to it, so that no modality
+    becomes a habit (Chameleon's balance). 0 = as weighted. Not together with upsample and downsample."""
     packing: str = "blocks"
     """blocks (samples one after another, cut at every sequence) | whole (samples and images are never cut)."""
     seed: int = 0

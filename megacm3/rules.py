@@ -89,11 +89,22 @@ def _check_rest(config: Config) -> None:
         raise ConfigError(
             f"retrieval.documents = {shares}; expected four probabilities (of 0, 1, 2, 3 documents) that add up to 1"
         )
-    for key in ("data.rotation", "objective.whole_segment", "model.dropout", "optimizer.schedule.final"):
+    for key in (
+        "data.rotation",
+        "data.image_answers",
+        "objective.whole_segment",
+        "model.dropout",
+        "optimizer.schedule.final",
+    ):
         if not 0 <= _get(config, key) <= 1:
             raise ConfigError(f"{key} = {_get(config, key)}; expected a share from 0 to 1")
     if config.model.dropout == 1:
         raise ConfigError("model.dropout = 1 drops everything; expected less than 1")
+    if data.image_answers and (data.upsample or data.downsample):
+        raise ConfigError(
+            f"data.image_answers = {data.image_answers} sets the shares that data.upsample = {data.upsample} and "
+            f"data.downsample = {data.downsample} bound; give one or the other"
+        )
     if data.position_reset and not data.document_mask:
         raise ConfigError("data.position_reset = true needs data.document_mask = true")
     if len(config.optimizer.betas) != 2:

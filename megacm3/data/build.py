@@ -7,7 +7,7 @@ from typing import Any
 
 from megacm3.config import Config, total_steps
 from megacm3.data.documents import ANSWER, Layout
-from megacm3.data.mixture import Mixture, Stage, capped_weights, limit_epochs
+from megacm3.data.mixture import Mixture, Stage, balanced_weights, capped_weights, limit_epochs
 from megacm3.data.store import Store
 from megacm3.data.stream import Stream
 from megacm3.data.windows import PROBES, SamplerLike, Source, StreamSettings
@@ -183,6 +183,8 @@ def _with_stages(config: Config, sources: list[Source], vocabulary: Vocabulary, 
     first = 0
     for share, weights in zip(shares, given, strict=True):
         weights = capped_weights(weights, sizes, data.upsample, data.downsample)
+        if data.image_answers:
+            weights = balanced_weights(weights, _pictures(sources), data.image_answers)
         probe = stream([Stage(0, tuple(weights))])
         windows = max(1, round(share * total / probe.stages[0].sequences))
         if any(epochs) and len(shares) == 1:
@@ -192,6 +194,21 @@ def _with_stages(config: Config, sources: list[Source], vocabulary: Vocabulary, 
     built = stream(stages)
     _check_epochs(built, epochs, total)
     return built
+
+
+def _pictures(sources: list[Source]) -> list[float]:
+    """Part of each store's documents whose answer holds a picture."""
+    shares = []
+    for source in sources:
+        assert isinstance(source.store, Store)
+        answers = source.store.answers()
+        if not any(answers.values()):
+            raise ConfigError(
+                f"data.image_answers is set, but {source.name} marks no answers; "
+                "make it with tools/pretokenize.py --sft, or set data.image_answers = 0"
+            )
+        shares.append(answers["image"] / sum(answers.values()))
+    return shares
 
 
 def _check_epochs(stream: Stream, epochs: list[float], total: int) -> None:

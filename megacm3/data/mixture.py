@@ -38,23 +38,46 @@ def apportion(weights: Sequence[float], seats: int) -> list[int]:
 
 
 def capped_weights(weights: Sequence[float], sizes: Sequence[int], up: float = 0.0, down: float = 0.0) -> list[float]:
-    """Weights whose ratio to a store's natural share is kept within [down, up] (0 = no bound).
+    """Shares by `weights`, each kept within [down, up] times the store's part of all documents (0 = no bound).
 
-    The natural share is the store's part of all documents. CM3Leon's fine-tuning: up 3, down 0.3 (paper, E.1). A weight
-    of 0 stays 0.
+    What one store may not give, or must, is shared out by the weights of the others, so that the bounds hold for what
+    is drawn. CM3Leon's fine-tuning: up 3, down 0.3 (paper, E.1). A weight of 0 stays 0.
+    Raises ConfigError for bounds that no shares keep: up below 1 or down above 1.
     """
-    used = [(weight, size) for weight, size in zip(weights, sizes, strict=True) if weight > 0]
-    total_weight, total_size = sum(w for w, _ in used), sum(n for _, n in used)
-    capped = []
-    for weight, size in zip(weights, sizes, strict=True):
-        natural = size / total_size if total_size else 0.0
-        share = weight / total_weight if total_weight else 0.0
-        if up and weight > 0:
-            share = min(share, up * natural)
-        if down and weight > 0:
-            share = max(share, down * natural)
-        capped.append(share)
-    return capped
+    if (up and up < 1) or down > 1 or down < 0:
+        raise ConfigError(f"data.upsample = {up}, data.downsample = {down}; expected at least 1, and from 0 to 1")
+    given = np.asarray(weights, np.float64)
+    used = given > 0
+    if not used.any() or not (up or down):
+        return given.tolist()
+    natural = np.where(used, sizes, 0) / max(1, int(np.sum(np.asarray(sizes)[used])))
+    low, high = down * natural, np.where(used, up * natural if up else 1.0, 0.0)
+    least, most = 0.0, float((np.maximum(high, 1.0)[used] / given[used]).max())
+    for _ in range(200):
+        scale = (least + most) / 2
+        below = np.clip(scale * given, low, high).sum() < 1
+        least, most = (scale, most) if below else (least, scale)
+    return np.clip(most * given, low, high).tolist()
+
+
+def balanced_weights(weights: Sequence[float], pictures: Sequence[float], target: float) -> list[float]:
+    """Weights scaled so that `target` of the answers drawn hold a picture (Chameleon's balance of modalities).
+
+    pictures: each store's part of documents whose answer has one. Between the stores of one kind the weights' ratios
+    stay. Raises ConfigError when the stores cannot give that share.
+    """
+    w, p = np.asarray(weights, np.float64), np.asarray(pictures, np.float64)
+    # Stores are scaled by a p + b (1 - p); the share is a ratio of sums that are linear in a and b.
+    both, mixed, none = float(w @ p**2), float(w @ (p * (1 - p))), float(w @ (1 - p) ** 2)
+    a, b = target * (mixed + none) - mixed, both - target * (both + mixed)
+    scaled = w * (a * p + b * (1 - p))
+    if a < 0 or b < 0 or scaled.sum() <= 0:
+        low, high = float(p[w > 0].min()), float(p[w > 0].max())
+        raise ConfigError(
+            f"data.image_answers = {target}: the stores' shares of answers with a picture are {low:.2f} to {high:.2f}; "
+            "expected a share between them, or stores of the other kind in data.mixture"
+        )
+    return scaled.tolist()
 
 
 def limit_epochs(weights: Sequence[float], sizes: Sequence[int], epochs: Sequence[float], draws: int) -> list[float]:

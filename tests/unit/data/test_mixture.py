@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from megacm3.data.mixture import PERIOD, Mixture, Stage, apportion, capped_weights, limit_epochs
+from megacm3.data.mixture import PERIOD, Mixture, Stage, apportion, balanced_weights, capped_weights, limit_epochs
 from megacm3.errors import ConfigError
 
 
@@ -87,12 +87,41 @@ def test_apportion() -> None:
 
 def test_caps_of_the_fine_tuning_mixture() -> None:
     # 100 of 1,000 documents asked for at half of all draws: at most three times its part.
-    weights = capped_weights([1.0, 1.0], [100, 900], up=3.0, down=0.3)
-    assert np.allclose(weights, [0.3, 0.5])
-    weights = capped_weights([0.01, 0.99], [900, 100], up=3.0, down=0.3)
-    assert np.allclose(weights, [0.27, 0.3])
+    assert np.allclose(capped_weights([1.0, 1.0], [100, 900], up=3.0, down=0.3), [0.3, 0.7])
+    # The large store may not fall below 0.3 of its part; the small one takes no more than three times its own.
+    assert np.allclose(capped_weights([0.01, 0.99], [900, 100], up=3.0, down=0.3), [0.7, 0.3])
     assert capped_weights([1.0, 0.0], [10, 90], up=3.0, down=0.3) == [1.0, 0.0]
-    assert np.allclose(capped_weights([1.0, 3.0], [10, 90]), [0.25, 0.75])
+    assert np.allclose(capped_weights([1.0, 3.0], [10, 90]), [1.0, 3.0])
+    with pytest.raises(ConfigError, match=r"data\.upsample = 0\.5"):
+        capped_weights([1.0, 1.0], [1, 1], up=0.5)
+
+
+def test_the_caps_hold_for_what_is_drawn() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        count = rng.integers(1, 9)
+        sizes = (10 ** rng.uniform(0, 6, count)).astype(int) + 1
+        weights = rng.uniform(0, 1, count) * (rng.random(count) < 0.8)
+        weights[0] += 0.01
+        shares = np.array(capped_weights(weights, sizes, up=3.0, down=0.3))
+        natural = np.where(weights > 0, sizes, 0) / sizes[weights > 0].sum()
+        assert abs(shares.sum() - 1) < 1e-9 and (shares[weights == 0] == 0).all()
+        assert (shares <= 3 * natural + 1e-9).all() and (shares >= 0.3 * natural - 1e-9).all()
+        free = (shares < 3 * natural - 1e-9) & (shares > 0.3 * natural + 1e-9)
+        if free.any():
+            # Between the stores that no bound holds, the weights' ratios stay.
+            assert np.ptp(shares[free] / weights[free]) < 1e-6 * (shares[free] / weights[free]).max()
+
+
+def test_modalities_are_balanced() -> None:
+    weights = balanced_weights([8.0, 1.0, 1.0], [0.0, 1.0, 1.0], 0.5)
+    assert np.allclose(np.array(weights) / sum(weights), [0.5, 0.25, 0.25])
+    pictures = np.array([0.1, 0.9, 0.5, 0.0])
+    for target in (0.2, 0.5, 0.7):
+        weights = np.array(balanced_weights([1.0, 2.0, 3.0, 4.0], pictures, target))
+        assert np.isclose(weights @ pictures / weights.sum(), target) and (weights >= 0).all()
+    with pytest.raises(ConfigError, match=r"data\.image_answers = 0\.5: .* are 0\.00 to 0\.00"):
+        balanced_weights([1.0, 1.0], [0.0, 0.0], 0.5)
 
 
 def test_passes_are_limited_by_lowering_the_weight() -> None:

@@ -10,6 +10,7 @@ from megacm3.data.documents import ANSWER, IMAGE, TEXT, Layout
 from megacm3.data.images import open_image, prepare_image
 from megacm3.data.store import verify_store
 from megacm3.data.units import UnitSettings, prepare
+from megacm3.errors import ConfigError
 from megacm3.resolve import load_config
 from megacm3.sft.prompts import cut
 from tests.unit.sft.helpers import make_store, options, picture, read, reasons, samples, shown, write_lines
@@ -192,3 +193,20 @@ def test_rows_and_keys_are_unique(tmp_path, variants) -> None:
     found = samples(read(questions(tmp_path), options("vqav2", variants=variants)))
     assert [item.row for item in found] == list(range(40 * (1 if variants == "one" else 3)))
     assert len({item.key for item in found}) == len(found)
+
+
+def test_modalities_are_balanced_over_stores(tmp_path, text, image) -> None:
+    path = questions(tmp_path, 30)
+    rows = [{"image": f"{n}.png", "caption": f"number {n}"} for n in range(5)]
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    asked = make_store(path, options("vqav2", way="image-first"), tmp_path / "a", text, image)
+    drawn = make_store(write_lines(tmp_path / "d.jsonl", rows), options("text-to-image"), tmp_path / "b", text, image)
+    both = f"data.mixture=[{{store: {asked.folder}, weight: 9}}, {{store: {drawn.folder}}}]"
+    stream = build_stream(config(asked, both, "data.image_answers=0.5", "objective.kind=causal"))
+    stores = [sample.source for number in range(40) for sample in stream.drawn(number)]
+    assert abs(np.mean(stores) - 0.5) < 0.1
+    with pytest.raises(ConfigError, match=r"are 0\.00 to 0\.00"):
+        build_stream(config(asked, "data.image_answers=0.5"))
+    with pytest.raises(ConfigError, match="give one or the other"):
+        config(asked, "data.image_answers=0.5", "data.upsample=3")
