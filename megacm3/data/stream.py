@@ -38,6 +38,8 @@ class PackedSequence:
     """int32 [L]: index, within the sequence, of the sample at each input position; -1 at padding."""
     samples: tuple[int, ...]
     """Global numbers of the samples in it."""
+    answers: np.ndarray
+    """bool [L + 1]: tokens of answers (fine-tuning), whatever bears loss."""
 
 
 @dataclass(frozen=True)
@@ -165,7 +167,7 @@ class Stream:
         loss_mask = np.arange(1, size) < end
         if self.settings.answers_only:
             loss_mask &= answers[1:]
-        return PackedSequence(number, tokens, loss_mask, documents[:-1], self.samples(number))
+        return PackedSequence(number, tokens, loss_mask, documents[:-1], self.samples(number), answers)
 
     def samples(self, number: int) -> tuple[int, ...]:
         """Global numbers of the samples in sequence `number`; reads no tokens."""

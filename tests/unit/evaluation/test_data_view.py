@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from megacm3.data.documents import IMAGE, TEXT
+from megacm3.data.documents import ANSWER, IMAGE, TEXT
 from megacm3.data.parts import write_store
 from megacm3.data.store import StoreShape
 from megacm3.tokenizers.image import ImageTokenizer, save_image_tokenizer
@@ -74,6 +74,30 @@ def test_page_of_other_settings(folder: Path, tmp_path: Path, overrides: tuple[s
     html = page(folder, tmp_path, *overrides)
     assert "Sequences" in html
     assert ("sentinel 0" in html) == ("objective.kind=causal" not in overrides)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [("objective.spans=2",), ("data.document_mask=true",), ("objective.kind=causal", "objective.loss_on=answers")],
+)
+def test_answers_are_marked(folder: Path, tmp_path: Path, overrides: tuple[str, ...]) -> None:
+    text = TextTokenizer.load(folder / "text_tokenizer")
+    inputs = {"text_tokenizer": text.fingerprint, "image_tokenizer": ""}
+    inputs["image_tokenizer"] = ImageTokenizer.load(folder / "image_tokenizer").fingerprint
+    rng = np.random.default_rng(0)
+    asked, answer, drawn = (np.array(text.encode(words)) for words in ("What is it?", "zebra", "thing"))
+    documents = [[(TEXT, asked), (TEXT | ANSWER, answer), (IMAGE, rng.integers(0, 32, 16))] for _ in range(12)]
+    documents += [[(TEXT, drawn), (IMAGE | ANSWER, rng.integers(0, 32, 16))] for _ in range(12)]
+    write_store(tmp_path / "store", ((segments, {}) for segments in documents), StoreShape(400, 32, 16, 16), inputs)
+    tokenizers = [f"--{name.replace('_', '-')}={folder / name}" for name in ("text_tokenizer", "image_tokenizer")]
+    html = page(tmp_path, tmp_path, *tokenizers, *overrides)
+    found = re.findall(r'<span class="t( a)?">([^<]*)</span>', html)
+    assert {words for mark, words in found if mark} == {"zebra"}
+    assert {words for mark, words in found if not mark} >= {"What is it?", "thing"}
+    assert "zebra" not in {words for mark, words in found if not mark}
+    # A picture is an answer where it was drawn for a text, and is none beside a question.
+    assert 'class="i a"' in html and 'class="i"' in html
+    assert "answer: zebra" in html and "text text(answer) image" in html
 
 
 def test_page_without_tokenizers_shows_numbers(folder: Path, tmp_path: Path) -> None:
