@@ -180,10 +180,14 @@ class UnitRunner:
 
     def _encode(self, batch: list[Prepared | Rejected]) -> np.ndarray:
         # int64 [pictures of the batch, codes]; never more than `batch` pictures at once, whatever a document holds.
-        pixels = [picture for item in batch if isinstance(item, Prepared) for picture in item.pixels]
+        # Equal pictures are encoded once: fine-tuning sets ask several questions about each.
+        every = [picture for item in batch if isinstance(item, Prepared) for picture in item.pixels]
+        places: dict[bytes, int] = {}
+        order = [places.setdefault(hashlib.sha1(picture.data).digest(), len(places)) for picture in every]
+        pixels = [every[order.index(place)] for place in range(len(places))]
         size = self._settings.batch
         blocks = [self._image.encode(np.stack(pixels[i : i + size])).numpy() for i in range(0, len(pixels), size)]
-        return np.concatenate(blocks) if blocks else np.zeros((0, self.shape.image_tokens), np.int64)
+        return np.concatenate(blocks)[order] if blocks else np.zeros((0, self.shape.image_tokens), np.int64)
 
     def _store(self, writer: PartWriter, batch: list[Prepared | Rejected], codes: "Future[np.ndarray]") -> None:
         pictures = iter(codes.result())

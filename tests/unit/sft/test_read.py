@@ -210,3 +210,26 @@ def test_modalities_are_balanced_over_stores(tmp_path, text, image) -> None:
         build_stream(config(asked, "data.image_answers=0.5"))
     with pytest.raises(ConfigError, match="give one or the other"):
         config(asked, "data.image_answers=0.5", "data.upsample=3")
+
+
+def test_a_picture_of_several_questions_is_encoded_once(tmp_path, text, image) -> None:
+    questions(tmp_path, 4)
+    rows = [{"image": f"{n // 3}.png", "question": f"Question {n}?", "answer": "a"} for n in range(12)]
+    path = write_lines(tmp_path / "r.jsonl", rows)
+    encoded = []
+
+    class Counting:
+        def __getattr__(self, name):
+            return getattr(image, name)
+
+        def encode(self, pixels):
+            encoded.append(len(pixels))
+            return image.encode(pixels)
+
+    store = make_store(path, options("vqav2"), tmp_path, text, Counting())
+    # Batches of 8 pictures: four are about pictures 0, 1 and 2, four about 2 and 3.
+    assert encoded == [3, 2]
+    codes = [store.document(n).segments[-1].tokens for n in range(12)]
+    for number in range(12):
+        pixels = prepare_image(open_image(picture(number // 3)), image.image_size)
+        assert np.array_equal(codes[number], image.encode(pixels[None]).numpy()[0])
