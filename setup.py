@@ -57,6 +57,7 @@ setup(
         "annoy": ["annoy>=1.17.3,<2"],
         "pinecone": ["pinecone>=10.2,<11"],
         "sweep": ["optuna>=5.0,<6"],
+        "evaluate": ["torchmetrics>=1.9,<2", "pycocoevalcap>=1.2,<2"],
         "wandb": ["wandb>=0.23,<1"],
         "dev": [*TESTS, "ruff==0.17.6", "mypy==2.4.1", "codespell>=2.4,<3", "pre-commit>=4,<5"],
     },

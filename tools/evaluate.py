@@ -1,7 +1,8 @@
 """Measure an exported model.
 
 perplexity over a token store; fidelity, the quickstart's figure over pictures; retrieval: loss per image token of a
-held-out store with no, retrieved and random documents in front.
+held-out store with no, retrieved and random documents in front; fid and clip: pictures drawn for captions, by a local
+network; recall: the network alone; caption: CIDEr, BLEU, ROUGE-L; vqa: VQAv2's accuracy.
 """
 
 import argparse
@@ -15,18 +16,24 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from megacm3.command import run
 from megacm3.errors import ConfigError
 
+_TASKS = ("perplexity", "fidelity", "retrieval", "fid", "clip", "recall", "caption", "vqa")
+
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("--model", required=True, metavar="HF_DIR", help="folder made by convert_checkpoint.py to-hf")
-    add("--task", required=True, help="perplexity, fidelity or retrieval")
-    add("--input", required=True, nargs="+", help="perplexity, retrieval: a store; fidelity: the training pictures")
+    add("--task", required=True, help=", ".join(_TASKS))
+    add("--input", required=True, nargs="+", help="perplexity, retrieval: a store; vqa: questions; else pictures")
     add("--output", metavar="JSON", help="also write the result to this file")
     add("--device", default="cpu", help="cpu, cuda or cuda:N (default %(default)s)")
-    add("--limit", type=int, help="perplexity, retrieval: first documents only")
+    add("--limit", type=int, help="all but fidelity: first documents only")
     add("--count", type=int, default=32, help="fidelity: captions drawn (default %(default)s)")
-    add("--seed", type=int, default=0, help="fidelity: of captions and samples (default %(default)s)")
+    add("--seed", type=int, default=0, help="of captions and samples drawn (default %(default)s)")
+    add("--encoder", metavar="DIR", help="fid, clip, recall: the network, a CLIP's folder such as the bank's encoder")
+    add("--images", default="", metavar="DIR", help="vqa: the release's pictures")
+    add("--against", metavar="JSON", help="fid, clip, recall: compare with an earlier --output of the same protocol")
+    add("--report", metavar="HTML", help="all but perplexity and fidelity: also write a page")
     add("--guidance", type=float, nargs="+", default=[3.0], help="fidelity: each value is measured (default 3)")
     add("--temperature", type=float, nargs="+", default=[1.0], help="fidelity: each value (default 1)")
     add("--top-p", type=float, nargs="+", default=[0.8], help="fidelity: each value (default 0.8)")
@@ -41,22 +48,21 @@ def _add_retrieval(group: Any) -> None:
     add("--neighbours", metavar="DIR", help="of the held-out store (tools/find_neighbours.py --queries)")
     add("--store", metavar="DIR", help="the training store, whose documents stand in front")
     add("--bank", metavar="DIR", help="the training bank: also time its search")
-    add("--report", metavar="HTML", help="also write the table as a page")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse, measure, print and perhaps write the result."""
     given = _parser().parse_args(arguments)
     tasks = {"perplexity": _perplexity, "fidelity": _fidelity, "retrieval": _retrieval}
-    if given.task not in tasks:
-        raise ConfigError(f"--task {given.task} is unknown; expected one of {', '.join(tasks)}")
+    if given.task not in _TASKS:
+        raise ConfigError(f"--task {given.task} is unknown; expected one of {', '.join(_TASKS)}")
 
     from megacm3.files import write_json
     from megacm3.inference.api import Generator
 
     generator = Generator.load(given.model, given.device)
     result = {"task": given.task, "model": given.model, "input": given.input}
-    result |= tasks[given.task](generator, given)
+    result |= tasks.get(given.task, _other)(generator, given)
     if given.output:
         write_json(given.output, result)
     return 0
@@ -127,6 +133,38 @@ def _retrieval(generator, given: argparse.Namespace) -> dict:
     if given.report:
         write_page(given.report, "Retrieval", "Made by tools/evaluate.py --task retrieval.", [], [made])
     return result
+
+
+def _other(generator, given: argparse.Namespace) -> dict:
+    from megacm3.evaluation import tasks
+    from megacm3.evaluation.distances import compared, recall
+    from megacm3.files import read_json
+    from megacm3.retrieval.encoder import Encoder
+
+    if given.task in ("fid", "clip", "recall") and not given.encoder:
+        raise ConfigError(f"--task {given.task} needs --encoder: a local CLIP's folder, such as the bank's encoder")
+    if given.task == "vqa":
+        found = tasks.vqa_task(generator, given.input, given.images, given.limit)
+    else:
+        gallery = tasks.gallery_of(given.input, generator, given.limit)
+        drawing = {name: getattr(given, name)[0] for name in ("guidance", "temperature", "top_p")} | {
+            "seed": given.seed
+        }
+        if given.task == "caption":
+            found = tasks.caption_task(generator, gallery)
+        elif given.task == "recall":
+            encoder = Encoder.load(given.encoder)
+            found = tasks.Measured(recall(gallery.pixels, gallery.captions, encoder, (1, 5, 10)))
+        else:
+            task = tasks.fid_task if given.task == "fid" else tasks.clip_task
+            found = task(generator, gallery, Encoder.load(given.encoder), **drawing)
+    print(json.dumps(found.figures, indent=1))
+    if given.against:
+        for name, (other, own) in compared(read_json(given.against), found.figures).items():
+            print(f"{name}: {own:.4g} here, {other:.4g} in {given.against}")
+    if given.report:
+        found.write_report(given.report, f"Evaluation: {given.task}")
+    return found.figures
 
 
 if __name__ == "__main__":

@@ -213,7 +213,7 @@ class Generator:
         self,
         images: np.ndarray,
         *,
-        prompt: str = "",
+        prompt: str | Sequence[str] = "",
         retrieved: Retrieved | None = None,
         max_tokens: int = 64,
         temperature: float = 0.0,
@@ -225,12 +225,17 @@ class Generator:
         """A text for each picture of uint8 [n, s, s, 3]; by default the best token each time.
 
         cm3leon fills the masked caption in front of the picture, behind `prompt` if there is one (its instruction
-        format: "Describe the given picture."); chameleon goes on behind picture and prompt.
+        format: "Describe the given picture."); chameleon goes on behind picture and prompt. One prompt for all
+        pictures, or one for each.
         """
         sampling = Sampling(temperature, top_k, top_p, repetition_penalty)
+        prompts = [prompt] * len(images) if isinstance(prompt, str) else prompt
+        if len(prompts) != len(images):
+            raise ConfigError(f"{len(prompts)} prompts for {len(images)} pictures; expected one, or one each")
         requests = []
-        for codes, documents in zip(self.encode(images), self._retrieved(retrieved, len(images)), strict=True):
-            ids, mode = self._caption_prompt(codes, prompt, documents)
+        retrieved = self._retrieved(retrieved, len(images))
+        for codes, text, documents in zip(self.encode(images), prompts, retrieved, strict=True):
+            ids, mode = self._caption_prompt(codes, text, documents)
             self._check_room(ids, 1)
             seeded = self._seed(seed, 0, ids)
             requests.append(Request(ids, mode, seeded, max_tokens=max_tokens, text=sampling))

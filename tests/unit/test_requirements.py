@@ -24,6 +24,8 @@ OPTIONAL = {
     "google": "protobuf, which comes with tfrecord",
     "warcio": "extra crawl",
     "optuna": "extra sweep",
+    "torchmetrics": "extra evaluate",
+    "pycocoevalcap": "extra evaluate",
 }
 """Imported only where installed."""
 
