@@ -48,7 +48,8 @@ def test_every_import_is_required() -> None:
     missing = []
     for folder in ("megacm3", "tools", "examples", "tests"):
         for path in sorted((ROOT / folder).rglob("*.py")):
-            for name in imported(path) - OPTIONAL.keys():
+            beside = {other.stem for other in path.parent.glob("*.py")}
+            for name in imported(path) - OPTIONAL.keys() - beside:
                 providers = {provider.lower().replace("_", "-") for provider in distributions.get(name, [name])}
                 if not providers & required:
                     missing.append(f"{path.relative_to(ROOT)} imports {name} ({', '.join(sorted(providers))})")
