@@ -266,20 +266,20 @@ def make_shards(work: Path, rows: list[int], options: BankOptions, workers: int)
     if options.merge and not listed:
         raise ConfigError(f"--merge needs an inverted file; the index is {factory}")
     if listed and not (folder / "index" / "trained.faiss").is_file():
-        _train(folder, empty, Embeddings(folder, rows), options.seed)
+        _train(folder, empty, Embeddings(folder, rows), options)
     shard_rows = options.shard_rows or indexes.shard_size(total)
     count = -(-total // shard_rows)
     run_units(AddShards(factory, tuple(rows), shard_rows, count), work, workers, options.where)
     return factory, [folder / "index" / shard_name(number, count) for number in range(count)]
 
 
-def _train(folder: Path, index: Any, embeddings: Embeddings, seed: int) -> None:
+def _train(folder: Path, index: Any, embeddings: Embeddings, options: BankOptions) -> None:
     wanted = indexes.training_rows(len(embeddings), index)
-    rng = np.random.default_rng(seed_from(seed, "index training"))
+    rng = np.random.default_rng(seed_from(options.seed, "index training"))
     rows = np.sort(rng.choice(len(embeddings), wanted, replace=False))
     logger.info("training the index on %d of %d vectors", wanted, len(embeddings))
     try:
-        index.train(embeddings.documents(rows))
+        indexes.train(index, embeddings.documents(rows), indexes.gpu_count(options.device))
     except RuntimeError as fault:
         reason = str(fault).splitlines()[-1][-200:]
         raise ConfigError(f"--index cannot be trained on {wanted} vectors: {reason}") from fault

@@ -9,6 +9,7 @@ inner product; ids are document numbers, given explicitly and never by order. Fa
 - A NaN query gives -1 everywhere: the bank refuses such queries. Adding to an index on disk corrupts it: no `add`.
 """
 
+import logging
 import math
 import os
 import sys
@@ -21,6 +22,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from megacm3.errors import ConfigError, DataError
+
+logger = logging.getLogger(__name__)
 
 MAX_TRAINING = 256
 """Training vectors a centroid that FAISS uses at most."""
@@ -63,6 +66,31 @@ def load_faiss() -> ModuleType:
     except ImportError as fault:
         raise ConfigError("faiss is not installed; pip install faiss-cpu (or faiss-gpu), or megacm3[cpu]") from fault
     return faiss
+
+
+def gpu_count(device: str) -> int:
+    """GPUs that faiss may use for a job on `device`: those of faiss-gpu where the job runs on CUDA, else 0; said once
+    in the log of a job."""
+    if not device.startswith("cuda"):
+        return 0
+    faiss = load_faiss()
+    count = int(faiss.get_num_gpus()) if hasattr(faiss, "StandardGpuResources") else 0
+    if count:
+        logger.info("faiss trains the index on %d GPUs", count)
+    else:
+        logger.info("faiss here sees no GPU: the index is trained on the CPU; faiss-gpu (megacm3[gpu]) would be faster")
+    return count
+
+
+def train(index: Any, vectors: np.ndarray, gpus: int = 0) -> None:
+    """Train an index on float32 [n, d]; with GPUs the clustering, which takes nearly all of the time, runs on all."""
+    ivf = inverted_lists(index)
+    if gpus and ivf is not None:
+        faiss = load_faiss()
+        ivf.clustering_index = faiss.index_cpu_to_all_gpus(faiss.IndexFlatIP(ivf.d))
+    index.train(vectors)
+    if gpus and ivf is not None:
+        ivf.clustering_index = None
 
 
 @contextmanager

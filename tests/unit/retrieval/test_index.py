@@ -14,11 +14,13 @@ from megacm3.retrieval.index import (
     choose_index,
     default_nprobe,
     faiss_threads,
+    gpu_count,
     inverted_lists,
     load_faiss,
     merge,
     merge_shards,
     new_index,
+    shard_size,
     training_rows,
     write_shard,
 )
@@ -182,6 +184,20 @@ def test_shards_of_different_kinds_are_refused(tmp_path, vectors):
 def test_a_factory_that_cannot_serve_is_refused(factory):
     with pytest.raises(ConfigError, match="--index"):
         new_index(factory, DIM)
+
+
+def test_the_gpus_of_faiss_are_used_where_there_are_any(caplog):
+    caplog.set_level("INFO")
+    assert gpu_count("cpu") == 0 and not caplog.messages
+    found = gpu_count("cuda")
+    has = hasattr(load_faiss(), "StandardGpuResources")
+    assert (found > 0) == (has and load_faiss().get_num_gpus() > 0)
+    assert len(caplog.messages) == 1 and ("sees no GPU" in caplog.text) == (found == 0)
+
+
+def test_shards_are_few_and_shared_by_workers():
+    sizes = {count: shard_size(count) for count in (1, 1_000_000, 10**8, 10**9, 5 * 10**9)}
+    assert sizes == {1: 2**18, 1_000_000: 2**18, 10**8: 2**21, 10**9: 2**24, 5 * 10**9: 2**24}
 
 
 def test_the_rule_of_sizes():
