@@ -5,6 +5,7 @@ started again, and leave the same bytes.
 """
 
 import logging
+import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -183,6 +184,8 @@ class AddShards:
     """Of each part."""
     shard_rows: int
     count: int
+    threads: int = 1
+    """Of each unit; the bytes do not depend on it."""
     stage: str = "add"
 
     def make(self, folder: Path, number: int) -> list[Path]:
@@ -196,7 +199,8 @@ class AddShards:
         blocks = (wanted[start : start + _AT_ONCE] for start in range(0, len(wanted), _AT_ONCE))
         path = folder / "index" / shard_name(number, self.count)
         with new_file(path) as temporary:
-            indexes.write_shard(temporary, trained, ((ids[rows], embeddings.documents(rows)) for rows in blocks))
+            pairs = ((ids[rows], embeddings.documents(rows)) for rows in blocks)
+            indexes.write_shard(temporary, trained, pairs, self.threads)
         return [path]
 
 
@@ -269,7 +273,9 @@ def make_shards(work: Path, rows: list[int], options: BankOptions, workers: int)
         _train(folder, empty, Embeddings(folder, rows), options)
     shard_rows = options.shard_rows or indexes.shard_size(total)
     count = -(-total // shard_rows)
-    run_units(AddShards(factory, tuple(rows), shard_rows, count), work, workers, options.where)
+    cores = len(os.sched_getaffinity(0))
+    threads = max(1, cores // min(workers or cores, count)) if options.executor == "local" else 1
+    run_units(AddShards(factory, tuple(rows), shard_rows, count, threads), work, workers, options.where)
     return factory, [folder / "index" / shard_name(number, count) for number in range(count)]
 
 
