@@ -6,10 +6,9 @@ texts = generator.caption(pixels[:, 0])
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +21,7 @@ from megacm3.inference.decoder import Decoder
 from megacm3.inference.engine import Engine, Event, Request, no_guides
 from megacm3.inference.guidance import ClassifierFree, Guidance, Plain, ThreeStream, choose_guidance
 from megacm3.inference.modality import Grammar, Modes
+from megacm3.inference.pieces import Part, Piece, Prompt, Retrieved, TextWriter, Wish
 from megacm3.inference.requests import (
     Mask,
     guides_for,
@@ -40,28 +40,6 @@ from megacm3.tokenizers.vocabulary import Vocabulary
 SIDECAR = "megacm3.json"
 SERVED_TEXT = Sampling(0.7, top_p=0.9, repetition_penalty=1.2)
 SERVED_IMAGE = Sampling(0.7, top_p=0.9)
-Part: TypeAlias = str | np.ndarray
-"""A text, or a picture as uint8 [s, s, 3] of the model's size."""
-Prompt: TypeAlias = str | Sequence[Part]
-Retrieved: TypeAlias = Sequence[Sequence[Document]]
-"""For each prompt the documents to put in front (0-2 at inference in the paper)."""
-
-
-@dataclass(frozen=True)
-class Piece:
-    """One item of a stream of results."""
-
-    prompt: int
-    """Number of the prompt."""
-    sample: int
-    """Number of its sample, 0..n-1."""
-    kind: str
-    """text (a piece of text), partial (a picture whose lower rows are still missing), image, or done."""
-    text: str = ""
-    pixels: np.ndarray | None = None
-    """uint8 [s, s, 3]"""
-    rows: int = 0
-    """Of partial: rows of codes that are there."""
 
 
 class Generator:
@@ -209,7 +187,19 @@ class Generator:
 
     # Text
 
-    def caption(
+    def caption(self, images: np.ndarray, **options: Any) -> list[str]:
+        """A text for each picture of uint8 [n, s, s, 3]; by default the best token each time.
+
+        cm3leon fills the masked caption in front of the picture, behind a prompt if there is one (its instruction
+        format: "Describe the given picture."); chameleon goes on behind picture and prompt. Options:
+        prompt           one text for all pictures, or one for each; "" by default
+        temperature 0.0 (the best token), top_p 1.0, top_k 0 (off), repetition_penalty 1.0, seed 0, max_tokens 64
+        retrieved        for each picture the documents to put in front
+        Raises ConfigError, or DataError for a prompt that does not fit the context.
+        """
+        return [self._text(ids) for ids in self._collect(self._caption_requests(images, **options))]
+
+    def _caption_requests(
         self,
         images: np.ndarray,
         *,
@@ -221,13 +211,7 @@ class Generator:
         top_k: int = 0,
         repetition_penalty: float = 1.0,
         seed: int = 0,
-    ) -> list[str]:
-        """A text for each picture of uint8 [n, s, s, 3]; by default the best token each time.
-
-        cm3leon fills the masked caption in front of the picture, behind `prompt` if there is one (its instruction
-        format: "Describe the given picture."); chameleon goes on behind picture and prompt. One prompt for all
-        pictures, or one for each.
-        """
+    ) -> list[Request]:
         sampling = Sampling(temperature, top_k, top_p, repetition_penalty)
         prompts = [prompt] * len(images) if isinstance(prompt, str) else prompt
         if len(prompts) != len(images):
@@ -237,9 +221,8 @@ class Generator:
         for codes, text, documents in zip(self.encode(images), prompts, retrieved, strict=True):
             ids, mode = self._caption_prompt(codes, text, documents)
             self._check_room(ids, 1)
-            seeded = self._seed(seed, 0, ids)
-            requests.append(Request(ids, mode, seeded, max_tokens=max_tokens, text=sampling))
-        return [self._text(ids) for ids in self._collect(requests)]
+            requests.append(Request(ids, mode, self._seed(seed, 0, ids), max_tokens=max_tokens, text=sampling))
+        return requests
 
     def _caption_prompt(
         self, codes: np.ndarray, prompt: str, documents: Sequence[Document]
@@ -291,20 +274,35 @@ class Generator:
                 mine.append(piece.pixels)
         return parts
 
-    def stream(
+    def stream(self, prompts: Sequence[Prompt], *, partial: bool = False, **options: Any) -> Iterator[Piece]:
+        """Interleaved texts and pictures as they come; defaults are those of Chameleon's server. Options:
+
+        images           true by default; false for texts only
+        guidance         scale inside pictures, 3 by default (1 is off)
+        text, image      a Sampling for each modality
+        max_tokens       most tokens to draw, None (all that the context holds) by default; seed 0
+        retrieved        for each prompt the documents to put in front
+        partial: a picture also comes whenever a row of its codes is complete.
+        """
+        return self._stream(self._open_requests(prompts, **options), partial)
+
+    def _stream(self, requests: Sequence[Request], partial: bool) -> Iterator[Piece]:
+        writers = [TextWriter(self.text_tokenizer) for _ in requests]
+        for event in self._engine(self.grid[1] if partial else None).run(requests):
+            yield from self._pieces(event, 1, writers)
+
+    def _open_requests(
         self,
         prompts: Sequence[Prompt],
         *,
         images: bool = True,
-        partial: bool = False,
         guidance: float = 3.0,
         text: Sampling = SERVED_TEXT,
         image: Sampling = SERVED_IMAGE,
         max_tokens: int | None = None,
         seed: int = 0,
         retrieved: Retrieved | None = None,
-    ) -> Iterator[Piece]:
-        """Interleaved texts and pictures (or texts only) as they come; defaults are those of Chameleon's server."""
+    ) -> list[Request]:
         requests = []
         guide: Guidance = Plain() if guidance == 1 else ClassifierFree(guidance)
         for prompt, documents in zip(prompts, self._retrieved(retrieved, len(prompts)), strict=True):
@@ -314,9 +312,29 @@ class Generator:
             mode = Modes.INTERLEAVED if images else Modes.TEXT
             seeded = self._seed(seed, 0, ids)
             requests.append(Request(ids, mode, seeded, max_tokens, image, text, guide if images else Plain(), guides))
-        writers = [_TextWriter(self.text_tokenizer) for _ in requests]
-        for event in self._engine(self.grid[1] if partial else None).run(requests):
-            yield from self._pieces(event, 1, writers)
+        return requests
+
+    def mixed(self, wishes: Sequence[Wish], *, partial: bool = False) -> Iterator[Piece]:
+        """Pictures, captions and completions made in one batch; `Piece.prompt` is the wish's number.
+
+        Each comes out as from `images`, `caption` or `complete` alone, up to the rounding of products of other shapes.
+        """
+        return self._stream([self._request_of(wish) for wish in wishes], partial)
+
+    def _request_of(self, wish: Wish) -> Request:
+        prompt: Prompt = [wish.prompt] if isinstance(wish.prompt, np.ndarray) else wish.prompt
+        try:
+            if wish.kind == "image":
+                return self._image_requests([prompt], n=1, **wish.options)[0]
+            if wish.kind == "complete":
+                return self._open_requests([prompt], **wish.options)[0]
+            if wish.kind == "caption" and isinstance(wish.prompt, np.ndarray):
+                return self._caption_requests(wish.prompt[None], **wish.options)[0]
+        except TypeError as fault:
+            named = ", ".join(wish.options)
+            raise ConfigError(f"a wish of kind {wish.kind} with the options {named}: {fault}") from fault
+        found = f"{wish.kind} for a {type(wish.prompt).__name__}"
+        raise ConfigError(f"a wish of kind {found}; expected image, complete, or caption of a picture")
 
     # Shared parts
 
@@ -368,7 +386,7 @@ class Generator:
         blocks = [self.image_tokenizer.decode(codes[i : i + 64]).numpy() for i in range(0, len(codes), 64)]
         return np.concatenate(blocks)
 
-    def _pieces(self, event: Event, n: int, writers: Sequence["_TextWriter"] = ()) -> Iterator[Piece]:
+    def _pieces(self, event: Event, n: int, writers: Sequence[TextWriter] = ()) -> Iterator[Piece]:
         prompt, sample = divmod(event.request, n)
         if event.kind == "text":
             text = writers[event.request].add(event.ids)
@@ -386,21 +404,3 @@ class Generator:
         whole = np.concatenate([codes, np.full(self.vocabulary.image_tokens - len(codes), codes[0])])
         kind = "image" if event.kind == "image" else "partial"
         yield Piece(prompt, sample, kind, pixels=self._pixels(whole[None])[0], rows=len(codes) // self.grid[1])
-
-
-class _TextWriter:
-    """Text from ids one by one: a character whose bytes are not all there yet is held back."""
-
-    def __init__(self, tokenizer: TextTokenizer):
-        self.tokenizer = tokenizer
-        self.ids: list[int] = []
-
-    def add(self, ids: Sequence[int]) -> str:
-        self.ids += ids
-        text = self.tokenizer.decode(self.ids)
-        return "" if text.endswith("\ufffd") else self.flush()
-
-    def flush(self) -> str:
-        text = self.tokenizer.decode(self.ids)
-        self.ids = []
-        return text

@@ -20,6 +20,7 @@ from megacm3.errors import CheckpointError, ConfigError, DataError
 from megacm3.inference import requests
 from megacm3.inference.api import Generator
 from megacm3.inference.guidance import ClassifierFree, ThreeStream
+from megacm3.inference.pieces import Wish
 from megacm3.inference.requests import Mask
 from megacm3.tokenizers.vocabulary import Vocabulary
 
@@ -217,10 +218,10 @@ def test_interleaved_parts_come_in_order(generator, pixels):
 
 
 def test_half_characters_are_held_back(generator):
-    from megacm3.inference.api import _TextWriter
+    from megacm3.inference.pieces import TextWriter
 
     ids = generator.text_tokenizer.encode("é\N{GRINNING FACE}x")
-    writer = _TextWriter(generator.text_tokenizer)
+    writer = TextWriter(generator.text_tokenizer)
     pieces = [writer.add([i]) for i in ids]
     assert "".join(pieces) == "é\N{GRINNING FACE}x" and "" in pieces and "\ufffd" not in "".join(pieces)
 
@@ -274,3 +275,28 @@ def test_folders_that_do_not_fit(hf_folder, tmp_path):
     (other / "megacm3.json").write_text(json.dumps({"format": 1}))
     with pytest.raises(CheckpointError, match="lacks vocabulary"):
         Generator.load(other)
+
+
+def test_a_mixed_batch_gives_what_each_wish_gives_alone(generator, pixels):
+    drawing = {"guidance": 3.0, "temperature": 0.5, "seed": 3}
+    reading = {"max_tokens": 8, "seed": 5}
+    wishes = [
+        Wish("image", "a red apple", drawing),
+        Wish("caption", pixels[0]),
+        Wish("complete", "a green", {"images": False, **reading}),
+        Wish("image", ["a blue cat", pixels[1]], drawing),
+    ]
+    found: dict = {number: [] for number in range(len(wishes))}
+    for piece in generator.mixed(wishes):
+        if piece.kind != "done":
+            found[piece.prompt].append(piece.pixels if piece.kind == "image" else piece.text)
+    assert np.array_equal(found[0][0], generator.images(["a red apple"], **drawing)[0, 0])
+    assert "".join(found[1]).strip() == generator.caption(pixels[:1])[0]
+    assert "".join(found[2]) == "".join(generator.complete(["a green"], images=False, **reading)[0])
+    assert np.array_equal(found[3][0], generator.images([["a blue cat", pixels[1]]], **drawing)[0, 0])
+
+
+def test_wishes_that_are_none_are_refused(generator, pixels):
+    for wish in (Wish("draw", "x"), Wish("caption", "x"), Wish("image", "x", {"guidanse": 3})):
+        with pytest.raises(ConfigError, match="a wish of kind"):
+            list(generator.mixed([wish]))
