@@ -33,6 +33,8 @@ def build_stream(config: Config) -> Stream:
     settings = _settings(config, vocabulary)
     if settings.packing == "whole":
         _check_longest(stores, settings, vocabulary)
+    if not settings.spans:
+        _check_order(stores)
     sources = []
     for entry, store in zip(config.data.mixture, stores, strict=True):
         sampler, retrieval = _sampler(config, entry.neighbours, store)
@@ -149,6 +151,19 @@ def _check_longest(stores: list[Store], settings: StreamSettings, vocabulary: Vo
                 f"model.sequence_length = {settings.sequence_length} holds {size} and data.packing = whole cuts "
                 f"nothing; set model.sequence_length to at least {length - 1}, or data.packing = blocks"
             )
+
+
+def _check_order(stores: list[Store]) -> None:
+    """Refuse what would learn to answer a question before its picture is seen."""
+    for store in stores:
+        facts = store.settings.get("sft", {})
+        for name, task in facts.get("tasks", {}).items() if facts.get("way") == "cm3leon" else ():
+            if not task["chat"] and set(task["answers"]) - set(task["pictures"]) and task["pictures"]:
+                raise ConfigError(
+                    f"{store.folder} (--way cm3leon) has answers of task {name} before their pictures, to be filled in; "
+                    "without masked spans they would be learned unseen: set objective.kind = cm3, "
+                    "or make the store with --way image-first"
+                )
 
 
 def _sampler(config: Config, folder: str, store: Store) -> tuple[SamplerLike | None, dict[str, Any] | None]:

@@ -6,7 +6,10 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from megacm3.data.build import build_stream
 from megacm3.data.store import Store, verify_store
+from megacm3.errors import ConfigError
+from megacm3.resolve import load_config
 from megacm3.sft.read import SftOptions
 from tests.helpers.tools import run_tool
 from tests.unit.sft.helpers import options, picture, read, reasons, samples, write_lines
@@ -44,6 +47,13 @@ def test_a_store_that_says_what_it_is(tokenizers, records, tmp_path, capfd) -> N
     assert "finished already" in capfd.readouterr().out
     code, error = tool(tokenizers, records, tmp_path / "store", "--sft", "vqav2", "--way", "image-first")
     assert code == 3 and "was made with sft = " in error
+    # The answers stand before their pictures: only masked ones can be learned.
+    run = ["model.preset=tiny_cm3leon", "model.vocab_size=1024", "model.sequence_length=256", "data.packing=whole"]
+    run += ["objective.sentinels=64", f"data.mixture=[{{store: {store.folder}}}]"]
+    assert build_stream(load_config(None, run)).sequence(0).samples
+    for override in ("objective.kind=causal", "objective.spans=0"):
+        with pytest.raises(ConfigError, match="before their pictures, to be filled in"):
+            build_stream(load_config(None, [*run, override]))
 
 
 def test_flags_are_refused_with_one_line(tokenizers, records, tmp_path) -> None:

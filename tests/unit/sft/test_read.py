@@ -231,5 +231,5 @@ def test_a_picture_of_several_questions_is_encoded_once(tmp_path, text, image) -
     assert encoded == [3, 2]
     codes = [store.document(n).segments[-1].tokens for n in range(12)]
     for number in range(12):
-        pixels = prepare_image(open_image(picture(number // 3)), image.image_size)
+        pixels = prepare_image(open_image(picture(number // 3)), image.image_size).copy()
         assert np.array_equal(codes[number], image.encode(pixels[None]).numpy()[0])
