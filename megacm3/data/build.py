@@ -160,7 +160,7 @@ def _check_order(stores: list[Store]) -> None:
         for name, task in facts.get("tasks", {}).items() if facts.get("way") == "cm3leon" else ():
             if not task["chat"] and set(task["answers"]) - set(task["pictures"]) and task["pictures"]:
                 raise ConfigError(
-                    f"{store.folder} (--way cm3leon) has answers of task {name} before their pictures, to be filled in; "
+                    f"{store.folder} (--way cm3leon) answers task {name} before their pictures, to be filled in; "
                     "without masked spans they would be learned unseen: set objective.kind = cm3, "
                     "or make the store with --way image-first"
                 )
