@@ -47,7 +47,8 @@ def main(arguments: list[str] | None = None) -> int:
         base, tuned = row["base"], row["tuned"]
         print(
             f"{task}: right {base['right']:.1%} -> {tuned['right']:.1%} (chance {row['chance']:.1%}), "
-            f"loss {base['loss']:.3f} -> {tuned['loss']:.3f} nats a token, {row['questions']} documents"
+            + (f"words {base['words']:.1%} -> {tuned['words']:.1%}, " if "words" in base else "")
+            + f"loss {base['loss']:.3f} -> {tuned['loss']:.3f} nats a token, {row['questions']} documents"
         )
     print(f"report: {Path(given.output) / 'report.html'}")
     return 0

@@ -55,6 +55,8 @@ class Answers:
     losses: list[float] = field(default_factory=list)
     """Mean loss of the true answer's tokens in nats."""
     right: list[bool] = field(default_factory=list)
+    overlaps: list[float] = field(default_factory=list)
+    """Of a text: F1 of its words against the true answer's; of a picture 1 or 0, as it is right."""
 
 
 def choose_questions(store: Store, layout: Layout, count: int, alike: str = "", seed: int = 0) -> list[Question]:
@@ -128,6 +130,9 @@ def answer_all(generator: "Generator", questions: Sequence[Question], layout: La
         found.codes.append(codes)
         found.texts.append("" if question.picture else generator.text_tokenizer.decode(drawn).strip())
     found.right = [_is_right(generator, *row) for row in zip(questions, found.texts, found.codes, strict=True)]
+    for question, answer, right in zip(questions, found.texts, found.right, strict=True):
+        overlap = float(right) if question.picture else word_overlap(answer, wanted_text(generator, question))
+        found.overlaps.append(overlap)
     return found
 
 
@@ -140,6 +145,13 @@ def wanted_text(generator: "Generator", question: Question) -> str:
 def plain(text: str) -> str:
     """A text for comparison."""
     return " ".join(text.casefold().split()).rstrip(".")
+
+
+def word_overlap(text: str, wanted: str) -> float:
+    """F1 of two texts' words, each word as often as it stands there; punctuation aside."""
+    first, second = (Counter(re.findall(r"[\w-]+", plain(value))) for value in (text, wanted))
+    shared = sum((first & second).values())
+    return 2 * shared / max(1, sum(first.values()) + sum(second.values()))
 
 
 def _is_right(generator: "Generator", question: Question, text: str, codes: np.ndarray | None) -> bool:

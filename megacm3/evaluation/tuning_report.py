@@ -42,8 +42,10 @@ class Comparison:
         for task, numbers in self.tasks().items():
             row: dict[str, Any] = {"questions": len(numbers), "chance": chance([self.questions[i] for i in numbers])}
             for name, answers in self.answers.items():
-                loss = float(np.mean([answers.losses[i] for i in numbers]))
-                row[name] = {"loss": loss, "right": float(np.mean([answers.right[i] for i in numbers]))}
+                lists = {"loss": np.array(answers.losses), "right": np.array(answers.right)}
+                if not self.questions[numbers[0]].picture:
+                    lists["words"] = np.array(answers.overlaps)
+                row[name] = {key: float(values[numbers].mean()) for key, values in lists.items()}
             table[task] = row
         return table
 
@@ -77,9 +79,11 @@ def write_tuning_report(found: Comparison, generator: Generator, output: Path, r
     sheets = []
     for task, numbers in found.tasks().items():
         groups = [_figures(found, generator, number) for number in _evenly(numbers, shown)]
-        sections.append(Section(task, _note(found.questions[numbers[0]]), groups, side=104))
         flat = [figure for _, figures in groups for figure in figures]
-        labels = [" / ".join(figure.lines) for figure in flat]
+        texts = not found.questions[numbers[0]].picture
+        sections.append(Section(task, _note(texts), [("", flat)] if texts else groups, side=176 if texts else 104))
+        # The sheet has room for two short lines under a picture.
+        labels = [figure.lines[-1] if texts else figure.lines[0] for figure in flat]
         sheets.append((task, [figure.picture for figure in flat], labels))
     cards = [
         (f"{row['tuned']['right']:.0%}", f"{task} right; base {row['base']['right']:.0%}")
@@ -89,7 +93,7 @@ def write_tuning_report(found: Comparison, generator: Generator, output: Path, r
     with new_file(output / "report.html") as path:
         path.write_text(render("Base and tuned", lead, cards, sections), encoding="utf-8")
     with new_file(output / "samples.png") as path:
-        path.write_bytes(png_bytes(titled_sheets(sheets)))
+        path.write_bytes(png_bytes(titled_sheets(sheets, columns=12)))
 
 
 def _evenly(numbers: Sequence[int], count: int) -> list[int]:
@@ -97,21 +101,23 @@ def _evenly(numbers: Sequence[int], count: int) -> list[int]:
 
 
 def _summary(table: dict[str, Any]) -> Section:
-    heads = ["task", "questions", "chance", "base right", "tuned right", "base loss", "tuned loss"]
+    heads = ["task", "questions", "chance", *(f"{n} {what}" for what in ("right", "words", "loss") for n in NAMES)]
     rows = []
     for task, row in table.items():
         shares = [f"{value:.1%}" for value in (row["chance"], row["base"]["right"], row["tuned"]["right"])]
+        shares += [f"{row[name]['words']:.1%}" if "words" in row[name] else "" for name in NAMES]
         losses = [f"{row[name]['loss']:.3f}" for name in NAMES]
         rows.append([task, str(row["questions"]), *shares, *losses])
     text = (
         "Right: the text is the document's own; of pictures, the nearest of the alternatives' answers is. Chance: the "
-        "most frequent text, or one of the alternatives. Loss: nats a token of the true answer."
+        "most frequent text, or one of the alternatives. Words: F1 of the words against the true text. Loss: nats a "
+        "token of the true answer."
     )
     return Section("Held-out documents", text, table=(heads, rows))
 
 
-def _note(question: Question) -> str:
-    if not question.picture:
+def _note(texts: bool) -> str:
+    if texts:
         return (
             "The picture that was asked about, the question, the true answer, and both models' (best token each time)."
         )
@@ -130,10 +136,10 @@ def _figures(found: Comparison, generator: Generator, number: int) -> tuple[str,
         if segment.kind == IMAGE and not segment.answer:
             given.append(Figure(_drawn(generator, segment.tokens), ["given"]))
     if not question.picture:
-        lines = [f"wanted: {wanted_text(generator, question)}"]
+        lines = [text, f"wanted: {wanted_text(generator, question)}"]
         lines += [f"{name}: {answers.texts[number]}" for name, answers in found.answers.items()]
         mark = "good" if found.answers["tuned"].right[number] else "bad"
-        return text, [Figure(figure.picture, lines, mark) for figure in given]
+        return "", [Figure(figure.picture, lines, mark) for figure in given]
     answer = next(segment for segment in question.prompt.answer if segment.kind == IMAGE)
     figures = [*given, Figure(_drawn(generator, answer.tokens), ["wanted"])]
     for name, answers in found.answers.items():

@@ -14,7 +14,7 @@ from megacm3.data.parts import write_store
 from megacm3.data.store import Store, StoreShape
 from megacm3.errors import DataError
 from megacm3.evaluation import answers
-from megacm3.evaluation.answers import answer_all, answer_losses, chance, choose_questions, plain
+from megacm3.evaluation.answers import answer_all, answer_losses, chance, choose_questions, plain, word_overlap
 from megacm3.evaluation.tuning_report import compare_models, write_tuning_report
 from tests.helpers import tiny_models
 from tests.helpers.tools import run_tool
@@ -57,6 +57,8 @@ def layout(generator) -> Layout:
 
 def test_texts_are_compared_without_case_spaces_and_a_last_stop() -> None:
     assert plain(" A  Red\tcat. ") == plain("a red cat") != plain("a red cats")
+    assert word_overlap("A cat, red cat.", "red cat") == pytest.approx(2 * 2 / 6)
+    assert word_overlap("", "red") == 0.0 == word_overlap("dog", "red") and word_overlap("Red!", "red") == 1.0
 
 
 def test_questions_are_drawn_by_task_and_alternatives_share_the_rest_of_the_key(store, layout) -> None:
