@@ -130,10 +130,16 @@ def _import(job: dict[str, Any]) -> None:
     assert here == there, f"{job['module']} is {here} here, {there} in the test"
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def _reserved_port() -> socket.socket:
+    """A bound socket that never listens: rank 0 may take its port, and nobody else on the machine is given it.
+
+    A port that is merely known to be free can go to another process before rank 0 binds it. Then rank 1 joins the store
+    of strangers, and they may wait for it for as long as their timeout.
+    """
+    reserved = socket.socket()
+    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    reserved.bind(("127.0.0.1", 0))
+    return reserved
 
 
 def _run(job: dict[str, Any], parent: Connection) -> tuple[bool, Any]:
@@ -142,8 +148,8 @@ def _run(job: dict[str, Any], parent: Connection) -> tuple[bool, Any]:
     assert sys.platform != "linux" or len(os.listdir("/proc/self/task")) == 1
     deadline = time.monotonic() + job["timeout"]
     failed: list[Rank] = []
-    with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
-        port = _free_port()
+    with tempfile.TemporaryDirectory(prefix="ranks-") as folder, _reserved_port() as reserved:
+        port = int(reserved.getsockname()[1])
         ranks = [Rank(rank, job, port, folder) for rank in range(job["world_size"])]
         try:
             while running := {rank.connection: rank for rank in ranks if rank.running}:
