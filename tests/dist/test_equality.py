@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from tests.helpers.distributed import run_distributed
+from tests.helpers.distributed import ROOT, run_distributed
 from tests.helpers.layouts import (
     ADAM,
     SGD,
@@ -17,6 +17,7 @@ from tests.helpers.layouts import (
     compare,
     compare_curves,
     micro_batches,
+    path_of,
     reference,
     start,
     trained,
@@ -97,7 +98,16 @@ SHORT = (
     POSITIONS,
     ("tiny_cm3leon", Layout(2, zero=3, recompute="full")),
     ("tiny_chameleon_34b", Layout(4, zero=2, tensor=2, sequence=True, recompute="selective")),
+    ("tiny_cm3leon", Layout(2, zero="offload")),
+    ("tiny_chameleon_7b", Layout(2, zero="zero3_offload")),
 )
+
+
+def test_every_file_of_ds_configs_is_run() -> None:
+    """By the tests below; the pipelines among them use zero0 and zero1."""
+    files = {path.stem for path in (ROOT / "ds_configs").glob("*.json")}
+    assert files == {path_of(layout.zero).stem for _, layout in SHORT}
+    assert files == {path_of(layout.zero).stem for layout in GRID}
 
 
 @pytest.mark.parametrize("preset, layout", SHORT, ids=str)
