@@ -219,7 +219,7 @@ class Memory:
 def state_bytes(count: int, layout: Layout, optimizer: str = "adamw") -> Memory:
     """Weights, gradients and optimizer of `count` local numbers under DeepSpeed's ZeRO (docs: DeepSpeed ZeRO stages).
 
-    Every figure was measured on ranks (tests/dist/test_estimate.py); padding to a multiple of the ranks is left out.
+    ZeRO 0 to 2 are measured on ranks by tests/dist/test_estimate.py; padding to a multiple of the ranks is left out.
     """
     share = -(-count // layout.data)
     bf16 = layout.width == 2

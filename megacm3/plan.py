@@ -1,6 +1,6 @@
 """The whole plan of a run: what the ranks of each stage hold and hand on, how long a step might take, what fits.
 
-Bytes, FLOPs and collectives are those of estimate.py and traffic.py, which tests hold to real ranks. Times and the
+Bytes, FLOPs and collectives are those of estimate.py and traffic.py, which say what tests hold them to. Times and the
 order of suggestions are derived from data sheets and were not measured on GPUs.
 """
 

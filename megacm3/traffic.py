@@ -1,8 +1,8 @@
 """What one rank hands to each kind of communication in a step. Pure functions; figures as in estimate.py.
 
 Bytes are those of the whole tensor: what an all-reduce sums, an all-gather ends with, a reduce-scatter begins with.
-tests/unit/test_dryrun.py compares the tensor axis with collectives counted on the meta device, tests/dist/
-test_estimate.py all axes with those of real ranks. Sums of a few numbers (norms, flags) are left out.
+tests/unit/parallel/test_dryrun.py compares the tensor axis with collectives counted on the meta device, to the digit;
+the data and pipeline axes are derived from DeepSpeed's code. Sums of a few numbers (norms, flags) are left out.
 """
 
 from dataclasses import dataclass
