@@ -31,7 +31,7 @@ setup(
     license="MIT",
     python_requires=">=3.10,<3.14",
     packages=find_packages(include=["megacm3", "megacm3.*"]),
-    package_data={"megacm3": ["py.typed", "sft/tasks.yaml"]},
+    package_data={"megacm3": ["py.typed", "sft/tasks.yaml", "evaluation/blind_page.html"]},
     install_requires=requirements(extra=False),
     extras_require={
         # Choose one of cpu and gpu, never both.
