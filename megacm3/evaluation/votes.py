@@ -1,4 +1,4 @@
-"""Counts the votes of a blind page: fulfilment, win rate with ties split, agreement, by task.
+"""Counts the votes of a blind page: tasks fulfilled, win rate with ties split, agreement, by task.
 
 The label of a pair is what more than half of its annotators chose. Where there is no such majority, the pair is a tie,
 and an answer fulfils its task partially. Chameleon has three annotators a pair and counts likewise.
