@@ -227,6 +227,18 @@ class CheckpointConfig:
 
 
 @dataclass
+class EvaluationConfig:
+    """Loss by modality and bits per pixel on held-out documents, while training."""
+
+    store: str = ""
+    """A token store that is not trained on; empty = off."""
+    every: int = 1000
+    """Steps between measurements; also after the last step."""
+    documents: int = 256
+    """The store's first so many."""
+
+
+@dataclass
 class LogConfig:
     """What is written while training."""
 
@@ -253,6 +265,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
 

@@ -81,7 +81,8 @@ def _check_rest(config: Config) -> None:
     train, data = config.train, config.data
     if (train.steps > 0) == (train.tokens > 0):
         raise ConfigError(f"give either train.steps or train.tokens; found {train.steps} and {train.tokens}")
-    for key in ("train.micro_batch", "train.global_batch", "log.every", "log.replicas_every", "objective.sentinels"):
+    positive = ("train.micro_batch", "train.global_batch", "log.every", "log.replicas_every", "objective.sentinels")
+    for key in (*positive, "evaluation.every", "evaluation.documents"):
         if _get(config, key) < 1:
             raise ConfigError(f"{key} = {_get(config, key)}; expected at least 1")
     shares = config.retrieval.documents

@@ -60,6 +60,10 @@ def loss_chart(metrics: Sequence[dict[str, Any]]) -> str:
             axes.plot(steps, values, color=COLOURS[name], alpha=0.25, linewidth=1)
             label = f"{LABELS[name]}: {values[-1]:.3f}"
             axes.plot(steps, smooth(values), color=COLOURS[name], linewidth=1.8, label=label)
+        steps, values = series(metrics, f"held_out_{name}")
+        if steps:
+            label = f"{LABELS[name]}, held out: {values[-1]:.3f}"
+            axes.plot(steps, values, "o--", color=COLOURS[name], linewidth=1, markersize=3, label=label)
     axes.set_xlabel("step")
     axes.set_ylabel("loss (nats per token)")
     axes.set_ylim(bottom=0)
@@ -76,6 +80,7 @@ PANELS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("tokens / s", "linear", ("tokens_per_second",)),
     ("share of the device's peak", "linear", ("flops_utilization",)),
     ("share of time waiting for data", "linear", ("data_wait",)),
+    ("held-out bits per pixel", "linear", ("held_out_bits_per_pixel",)),
     ("memory (bytes)", "linear", ("memory",)),
 )
 """Title, scale of the y axis, and the columns of metrics.jsonl of each small chart; empty ones are left out."""
@@ -85,7 +90,8 @@ POINTS = 1000
 
 def panels(metrics: Sequence[dict[str, Any]]) -> list[str]:
     """SVGs of a run's metrics: losses by modality and by position, then `PANELS`."""
-    metrics = metrics[:: -(-len(metrics) // POINTS)]
+    stride = -(-len(metrics) // POINTS)
+    metrics = [line for i, line in enumerate(metrics) if i % stride == 0 or "held_out_loss" in line]
     charts = [loss_chart(metrics), *_position_chart(metrics)]
     for title, scale, names in PANELS:
         curves = [(name, *series(metrics, name)) for name in names]

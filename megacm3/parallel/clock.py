@@ -10,7 +10,7 @@ from megacm3.parallel.context import ParallelContext
 
 
 class ForwardClock:
-    """Adds up the forward passes of a module since `reset`: by events on a GPU, by the clock elsewhere.
+    """Adds up the training's forward passes of a module since `reset`: by events on a GPU, by the clock elsewhere.
 
     Backward passes are left out: they hold the gradient's all-reduce, in which every rank waits for the slowest. What
     waits inside a forward pass remains: tensor ranks for one another, and at ZeRO stage 3 all data ranks.
@@ -30,12 +30,14 @@ class ForwardClock:
         else:
             self._marks.append(time.perf_counter())
 
-    def _before(self, *_: Any) -> None:
-        self._mark()
+    def _before(self, module: torch.nn.Module, *_: Any) -> None:
+        if module.training:
+            self._mark()
         strike("forward", rank=self._rank)
 
-    def _after(self, *_: Any) -> None:
-        self._mark()
+    def _after(self, module: torch.nn.Module, *_: Any) -> None:
+        if module.training:
+            self._mark()
 
     def reset(self) -> None:
         """Begin a new step."""

@@ -106,13 +106,24 @@ class Engine:
 
     @torch.no_grad()
     def evaluate(self, micro_batches: list[dict[str, torch.Tensor]]) -> torch.Tensor:
-        """The sums of `StepResult.sums` without any update. Only without a pipeline."""
-        assert self.context.pipeline == 1, "evaluation runs without a pipeline"
+        """The sums of `StepResult.sums` without any update or dropout. As many micro-batches on every data rank.
+
+        With a pipeline all micro-batches have one shape, which need not be the training's.
+        """
         self.state.sums, self.state.output_norm = None, []
-        self.engine.eval()
-        for batch in micro_batches:
-            self.engine(*self._inputs(batch))
-        self.engine.train()
+        if self.context.pipeline > 1:
+            unused = torch.zeros(1)
+            self.engine.reset_activation_shape()
+            batches = iter((self._inputs(b), unused) for b in micro_batches)
+            self.engine.eval_batch(
+                batches, compute_loss=False, reduce_output=None, num_micro_batches=len(micro_batches)
+            )
+            self.engine.reset_activation_shape()
+        else:
+            self.engine.eval()
+            for batch in micro_batches:
+                self.engine(*self._inputs(batch))
+            self.engine.train()
         return self._reduced()[:8]
 
     def _reduced(self) -> torch.Tensor:

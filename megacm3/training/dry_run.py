@@ -33,4 +33,7 @@ def describe(config: Config, world: int) -> str:
     for entry in config.data.mixture:
         for path in filter(None, (entry.store, entry.neighbours)):
             lines.append(("data", path if Path(path).is_dir() else f"{path} (is not there yet)"))
-    return "\n".join(f"{name:8}{text}" for name, text in lines)
+    if config.evaluation.store:
+        there = "" if Path(config.evaluation.store).is_dir() else " (is not there yet)"
+        lines.append(("held out", f"{config.evaluation.store}{there}, every {config.evaluation.every} steps"))
+    return "\n".join(f"{name:9}{text}" for name, text in lines)

@@ -32,6 +32,7 @@ def train(run: Run) -> None:
             result = run.engine.train_step(batch.micro_batches)
             check_finite(result, run.step + 1, batch)
             run.advance()
+            run.evaluate(metrics)
 
             metrics.add(run.step, result, lr, batch.samples_sha256, batch.counts, run.tokens)
             if run.step % config.log.replicas_every == 0:

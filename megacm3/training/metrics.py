@@ -55,6 +55,7 @@ class Metrics:
         self._started, self._first, self._wait, self._last_wait = time.monotonic(), first_step, 0.0, 0.0
         self._own = 0.0
         self._saved: dict[str, float] = {}
+        self._held_out: dict[str, Any] = {}
         self._peak = peak_flops(ranks.device_name, config.train.dtype) if ranks else None
         self._flops, self._world = flops_per_token(config.model), ranks.world if ranks else 1
         if not active:
@@ -84,9 +85,17 @@ class Metrics:
         """Note a committed save for the next line: seconds that training stood still, seconds until the commit."""
         self._saved = {"save_stall": stall, "save_total": total}
 
+    def evaluated(self, found: dict[str, Any]) -> None:
+        """Note held-out figures of the step that comes next, whose line is written in any case. All ranks alike.
+
+        Their time is left out of the training's speed.
+        """
+        self._held_out = found
+        self._started += found["held_out_seconds"]
+
     def due(self, step: int) -> bool:
         """Whether step `step` (1 = the first) is logged."""
-        return step % self.config.log.every == 0 or step in (1, self.steps)
+        return bool(self._held_out) or step % self.config.log.every == 0 or step in (1, self.steps)
 
     def add(self, step: int, result: StepResult, lr: float, samples: str, counts: dict[str, int], tokens: int) -> None:
         """Log step `step` (1 = the first) if it is due. tokens: of all steps so far, padding included.
@@ -96,6 +105,7 @@ class Metrics:
         if not self.due(step):
             return
         begun = time.monotonic()
+        held_out, self._held_out = self._held_out, {}
         figures = self._ranks.gather(self._last_wait) if self._ranks else None
         if not self.active:
             return
@@ -109,7 +119,7 @@ class Metrics:
             if slow:
                 line["slow"] = slow
                 log.warning("step %d: %s", step, slow)
-        line |= self._saved
+        line |= self._saved | held_out
         self._saved = {}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
@@ -143,6 +153,9 @@ class Metrics:
             f"z {_short(line['z'])}  grad {line['grad_norm']:.3f}  lr {line['lr']:.2e}",
             f"{line['tokens_per_second']:.0f} tokens/s" + (f" ({used:.1%} of peak)" if used else ""),
         ]
+        if "held_out_loss" in line:
+            found = "  ".join(f"{name} {_short(line.get(f'held_out_{key}'))}" for name, key in _LOSSES)
+            parts.append(f"held out: {found}")
         if "memory" in line:
             parts.append(f"{line['memory'] / 2**30:.1f} GiB")
         return "  ".join([*parts, f"data wait {line['data_wait']:.1%}", f"{_clock(left)} left"])

@@ -74,7 +74,8 @@ def write_report(out: Path, notes: dict[str, str] | None = None) -> Path:
     cards = []
     if rows:
         last = rows[-1]
-        names = ("loss", "loss_text", "loss_image", "grad_norm", "tokens_per_second", "flops_utilization")
+        names = ["loss", "loss_text", "loss_image", "held_out_loss", "grad_norm", "tokens_per_second"]
+        names.append("flops_utilization")
         cards = [(f"{last['step']:,}", "step"), (f"{last['tokens']:,}", "tokens")]
         cards += [(f"{last[name]:,.4g}", name.replace("_", " ")) for name in names if last.get(name) is not None]
         table += [list(row) for row in (*_data_shares(rows), *_saves(rows))]

@@ -23,6 +23,7 @@ from megacm3.parallel.context import ParallelContext
 from megacm3.parallel.engine import Engine
 from megacm3.parallel.replicated import check_replicas
 from megacm3.resolve import save_config
+from megacm3.training.held_out import HeldOut, open_held_out
 from megacm3.training.metrics import Metrics
 from megacm3.training.start import begin_with, run_tokenizers
 
@@ -83,6 +84,8 @@ class Run:
             start_sequence=self._sequence,
         )
 
+    held_out: HeldOut | None = None
+    """What is measured while training."""
     init: dict[str, Any] | None = None
     """Where the weights of step 0 came from, when they were not drawn."""
     _sequence: int = 0
@@ -132,6 +135,11 @@ class Run:
         self._stall = time.monotonic() - begun
         if not background:
             self.finish(metrics)
+
+    def evaluate(self, metrics: Metrics) -> None:
+        """Measure the held-out documents after this step, where the config says so. Collective."""
+        if self.held_out is not None and self.held_out.due(self.step):
+            metrics.evaluated(self.held_out.measure(self.engine))
 
     def poll(self, metrics: Metrics) -> None:
         """Commit the save in the background if every rank has written its part. Collective."""
@@ -207,6 +215,7 @@ class Run:
 def build_run(config: Config, context: ParallelContext) -> Run:
     """Stream, engine and folder of a run. Raises ConfigError or DataError before anything is written."""
     stream = build_stream(config)
+    held_out = open_held_out(config, context, stream)
     out = Path(config.train.out)
     if context.rank == 0:
         out.mkdir(parents=True, exist_ok=True)
@@ -215,4 +224,4 @@ def build_run(config: Config, context: ParallelContext) -> Run:
     kinds = torch.from_numpy(stream.vocabulary.kind.copy())
     engine = Engine(config, context, kinds)
     saver = Saver(engine, context, out / "checkpoints", config.checkpoint.keep)
-    return Run(config, context, stream, engine, saver, out)
+    return Run(config, context, stream, engine, saver, out, held_out=held_out)
