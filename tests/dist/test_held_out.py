@@ -19,6 +19,7 @@ from tests.helpers.stores import make_store
 DOCUMENTS = 13
 """Not a multiple of any micro-batch: the last one has rows without loss, and one rank only such rows."""
 LAYOUTS = {
+    "one": (1, []),
     "data": (2, []),
     "zero3": (2, [f"deepspeed={ROOT}/ds_configs/zero3.json"]),
     "sequence": (2, ["parallel.tensor=2", "parallel.sequence=true"]),
