@@ -13,9 +13,10 @@ from tests.dist.test_equality import Layout
 from tests.helpers.distributed import run_distributed
 from tests.helpers.layouts import ADAM, SGD, Run, batch, compare, compare_curves, micro_batches, reference, start
 
-LORA = ("train.parameters=lora", "lora.rank=4", "lora.alpha=8", "lora.matrices=[q,k,v,o,gate,up,down]")
+# Adapters scaled down: with larger steps the run itself doubles any rounding at each step.
+LORA = ("train.parameters=lora", "lora.rank=4", "lora.alpha=2", "lora.matrices=[q,k,v,o,gate,up,down]")
 # Drawn weights stand for trained ones: where the preset begins with zeros behind an adapter, it would have no gradient.
-RELU_LORA = (*LORA[:2], "lora.alpha=2", "lora.matrices=[q,v,up,down]", "model.init_residual=scaled")
+RELU_LORA = (*LORA[:3], "lora.matrices=[q,v,up,down]", "model.init_residual=scaled")
 IMAGE_ROWS = ("train.parameters=image_rows",)
 NORMS = ("train.parameters=norms",)
 FEW = (
