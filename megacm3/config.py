@@ -57,7 +57,7 @@ class ParallelConfig:
     sequence: bool = False
     """Sequence parallel: norms and dropout on 1/tensor of the positions. Needs tensor > 1."""
     recompute: str = "none"
-    """none | selective (attention only) | full (each block)."""
+    """none | selective (q/k norm, rotation and attention) | full (each block)."""
 
 
 @dataclass

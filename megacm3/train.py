@@ -70,8 +70,10 @@ def main(argv: list[str] | None = None) -> int:
     with _one_voice():
         config = load_config(arguments.config, arguments.overrides)
 
+        from megacm3.model.kernels import set_environment
         from megacm3.parallel.cpu import choose_device, prepare
 
+        set_environment(config)
         device = choose_device(config.train.device)
         prepare(device)
         check_launch(config, world)

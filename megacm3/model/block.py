@@ -6,6 +6,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from megacm3.config import Config
+from megacm3.model.kernels import PLAIN, Kernels
 from megacm3.model.layers import Attention, FeedForward, KeyedDropout, Norm, Rotary
 from megacm3.parallel.context import ParallelContext
 
@@ -13,20 +14,22 @@ from megacm3.parallel.context import ParallelContext
 class Block(torch.nn.Module):
     """pre: x + f(norm(x)), CM3Leon and Chameleon 7B; swin: x + norm(f(x)), Chameleon 34B (Chameleon 2.3)."""
 
-    def __init__(self, index: int, config: Config, context: ParallelContext, linear: Any) -> None:
+    def __init__(
+        self, index: int, config: Config, context: ParallelContext, linear: Any, kernels: Kernels = PLAIN
+    ) -> None:
         super().__init__()
         model, name = config.model, f"layers.{index}"
         dtype, seed = linear.params_dtype, config.train.seed
         self.swin = model.norm_order == "swin"
         self.recompute = config.parallel.recompute == "full"
         self.document_mask, self.position_reset = config.data.document_mask, config.data.position_reset
-        self.attn_norm = Norm(f"{name}.attn_norm", model, context, dtype)
-        self.attn = Attention(f"{name}.attn", config, context, linear)
-        self.mlp_norm = Norm(f"{name}.mlp_norm", model, context, dtype)
-        self.mlp = FeedForward(f"{name}.mlp", config, context, linear)
+        self.attn_norm = Norm(f"{name}.attn_norm", model, context, dtype, kernels)
+        self.attn = Attention(f"{name}.attn", config, context, linear, kernels)
+        self.mlp_norm = Norm(f"{name}.mlp_norm", model, context, dtype, kernels)
+        self.mlp = FeedForward(f"{name}.mlp", config, context, linear, kernels)
         self.attn_dropout = KeyedDropout(model.dropout, f"{name}.attn", seed, context)
         self.mlp_dropout = KeyedDropout(model.dropout, f"{name}.mlp", seed, context)
-        self.rotary = Rotary(model, context.device) if model.positions == "rope" else None
+        self.rotary = Rotary(model, context.device, kernels) if model.positions == "rope" else None
 
     def _block(self, x_SBH: torch.Tensor, meta: torch.Tensor) -> torch.Tensor:
         numbers_B, documents_BT, _ = unpack(meta)

@@ -14,6 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 from megacm3.command import seed_from
 from megacm3.config import Config, ModelConfig
+from megacm3.model.functions import rms_norm
+from megacm3.model.kernels import PLAIN, Kernels, elementwise, fused_attention, norms
 from megacm3.model.lora import ColumnLora, RowLora, targets
 from megacm3.parallel import parts
 from megacm3.parallel.context import ParallelContext
@@ -40,9 +42,12 @@ def _unused_init(weight: torch.Tensor) -> torch.Tensor:
 class Norm(torch.nn.Module):
     """Parameter-free LayerNorm (CM3Leon 2.3) or RMSNorm with weight (Chameleon 2.3), over the last dimension."""
 
-    def __init__(self, name: str, model: ModelConfig, context: ParallelContext, dtype: torch.dtype) -> None:
+    def __init__(
+        self, name: str, model: ModelConfig, context: ParallelContext, dtype: torch.dtype, kernels: Kernels = PLAIN
+    ) -> None:
         super().__init__()
         self.eps, self.context = model.norm_eps, context
+        self._rms_norm, self._layer_norm = norms(kernels)
         self.weight = None
         if model.norm == "rmsnorm":
             self.weight = torch.nn.Parameter(torch.empty(model.hidden_size, dtype=dtype, device=context.device))
@@ -51,9 +56,9 @@ class Norm(torch.nn.Module):
     def forward(self, x_SBH: torch.Tensor) -> torch.Tensor:
         """[S, B, H] -> [S, B, H]."""
         if self.weight is None:
-            return F.layer_norm(x_SBH, x_SBH.shape[-1:], eps=self.eps)
+            return self._layer_norm(x_SBH, self.eps)
         weight = summed_over_tensor_ranks(self.weight, self.context) if self.context.sequence else self.weight
-        return F.rms_norm(x_SBH, x_SBH.shape[-1:], weight, self.eps)
+        return self._rms_norm(x_SBH, weight, self.eps)
 
 
 class HeadNorm(torch.nn.Module):
@@ -88,7 +93,7 @@ class HeadNorm(torch.nn.Module):
         """[S, B, A, D] -> [S, B, A, D]."""
         weight = self._per_head(self.weight)
         if self.rms:
-            return F.rms_norm(x_SBAD, x_SBAD.shape[-1:], eps=self.eps) * weight
+            return rms_norm(x_SBAD, weight, self.eps)
         bias = self._per_head(self.bias)
         if self.rows is None:
             return F.layer_norm(x_SBAD, x_SBAD.shape[-1:], weight, bias, self.eps)
@@ -101,8 +106,9 @@ class Rotary(torch.nn.Module):
     cos: torch.Tensor
     sin: torch.Tensor
 
-    def __init__(self, model: ModelConfig, device: torch.device) -> None:
+    def __init__(self, model: ModelConfig, device: torch.device, kernels: Kernels = PLAIN) -> None:
         super().__init__()
+        self._rotate = elementwise(kernels)[1]
         size = model.hidden_size // model.heads
         frequency = model.rope_theta ** -(torch.arange(0, size, 2, dtype=torch.float64) / size)
         angle = torch.outer(torch.arange(model.sequence_length, dtype=torch.float64), frequency)
@@ -116,9 +122,7 @@ class Rotary(torch.nn.Module):
             cos, sin = (table[: x_TBAD.shape[0], None, None] for table in (self.cos, self.sin))
         else:
             cos, sin = (table[positions_BT.T][:, :, None] for table in (self.cos, self.sin))
-        low, high = x_TBAD.chunk(2, dim=-1)
-        turned = torch.cat((-high, low), dim=-1)
-        return (x_TBAD * cos + turned * sin).to(x_TBAD.dtype)
+        return self._rotate(x_TBAD, cos, sin)
 
 
 def _mix32(x: torch.Tensor) -> torch.Tensor:
@@ -163,12 +167,15 @@ class KeyedDropout(torch.nn.Module):
 class Attention(torch.nn.Module):
     """Causal self-attention: fused q, k, v projection, optional q/k norm before RoPE, output projection."""
 
-    def __init__(self, name: str, config: Config, context: ParallelContext, linear: Any) -> None:
+    def __init__(
+        self, name: str, config: Config, context: ParallelContext, linear: Any, kernels: Kernels = PLAIN
+    ) -> None:
         super().__init__()
         model, world, rank = config.model, context.tensor, context.tensor_rank
         self.recompute = config.parallel.recompute == "selective"
         self.size = model.hidden_size // model.heads
         self.heads, self.kv_heads = model.heads // world, model.kv_heads // world
+        self.fused = fused_attention(kernels, self.heads, self.kv_heads, self.size)
         hidden, q_rows, kv_rows = model.hidden_size, model.heads * self.size, model.kv_heads * self.size
         common = {"config": linear, "bias": False, "init_method": _unused_init, "tp_group": context.tensor_group}
         self.qkv = ColumnParallelLinear(hidden, q_rows + 2 * kv_rows, gather_output=False, **common)
@@ -191,8 +198,19 @@ class Attention(torch.nn.Module):
             self.q_norm = HeadNorm(f"{name}.q_norm", model.heads, model, context, dtype)
             self.k_norm = HeadNorm(f"{name}.k_norm", model.kv_heads, model, context, dtype)
 
-    def _core(self, q_TBAD: Any, k_TBKD: Any, v_TBKD: Any, mask: torch.Tensor | None) -> torch.Tensor:
-        q, k, v = (t.permute(1, 2, 0, 3) for t in (q_TBAD, k_TBKD, v_TBKD))
+    def _heads(
+        self, qkv: torch.Tensor, rotary: Rotary | None, mask: torch.Tensor | None, positions_BT: torch.Tensor | None
+    ) -> torch.Tensor:
+        length, batch = qkv.shape[:2]
+        widths = [self.heads * self.size, self.kv_heads * self.size, self.kv_heads * self.size]
+        q, k, v = (t.view(length, batch, -1, self.size) for t in qkv.split(widths, dim=-1))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if rotary is not None:
+            q, k = rotary(q, positions_BT), rotary(k, positions_BT)
+        if self.fused is not None:
+            return self.fused(q, k, v)  # type: ignore[no-any-return]
+        q, k, v = (t.permute(1, 2, 0, 3) for t in (q, k, v))
         grouped = self.kv_heads != self.heads
         out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=grouped)
         return out.permute(2, 0, 1, 3).flatten(2)
@@ -204,17 +222,11 @@ class Attention(torch.nn.Module):
         qkv, _ = self.qkv(x_SBH)
         if self.qkv_lora is not None:
             qkv = qkv + self.qkv_lora(x_SBH)
-        length, batch = qkv.shape[:2]
-        widths = [self.heads * self.size, self.kv_heads * self.size, self.kv_heads * self.size]
-        q, k, v = (t.view(length, batch, -1, self.size) for t in qkv.split(widths, dim=-1))
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if rotary is not None:
-            q, k = rotary(q, positions_BT), rotary(k, positions_BT)
         if self.recompute and torch.is_grad_enabled():
-            out = checkpoint(self._core, q, k, v, mask, use_reentrant=False, preserve_rng_state=False)
+            arguments = (qkv, rotary, mask, positions_BT)
+            out = checkpoint(self._heads, *arguments, use_reentrant=False, preserve_rng_state=False)
         else:
-            out = self._core(q, k, v, mask)
+            out = self._heads(qkv, rotary, mask, positions_BT)
         x_SBH = self.o(out)[0]
         return x_SBH if self.o_lora is None else x_SBH + self.o_lora(out)
 
@@ -222,10 +234,13 @@ class Attention(torch.nn.Module):
 class FeedForward(torch.nn.Module):
     """ReLU (CM3Leon, inferred) or SwiGLU (Chameleon 2.3) feed-forward; gate and up are one fused matrix."""
 
-    def __init__(self, name: str, config: Config, context: ParallelContext, linear: Any) -> None:
+    def __init__(
+        self, name: str, config: Config, context: ParallelContext, linear: Any, kernels: Kernels = PLAIN
+    ) -> None:
         super().__init__()
         model, world, rank = config.model, context.tensor, context.tensor_rank
         self.gated = model.activation == "swiglu"
+        self._swiglu = elementwise(kernels)[0]
         hidden, ffn = model.hidden_size, model.ffn_size
         common = {"config": linear, "bias": False, "init_method": _unused_init, "tp_group": context.tensor_group}
         self.up = ColumnParallelLinear(hidden, ffn * (2 if self.gated else 1), gather_output=False, **common)
@@ -251,8 +266,7 @@ class FeedForward(torch.nn.Module):
         if self.up_lora is not None:
             inner = inner + self.up_lora(x_SBH)
         if self.gated:
-            gate, up = inner.chunk(2, dim=-1)
-            inner = F.silu(gate) * up
+            inner = self._swiglu(inner)
         else:
             inner = F.relu(inner)
         x_SBH = self.down(inner)[0]

@@ -13,6 +13,9 @@ from torch.autograd.function import once_differentiable
 
 CHUNK = 1024
 """Tokens of a chunk. At 65,536 ids in fp32 a chunk is 256 MB over all tensor ranks."""
+CPU_CHUNK = 256
+"""The same on a CPU, where 256 to 1,024 tokens are equally fast (measured on 2 cores). On a GPU the sum of the table's
+gradient passes through memory once a chunk, so that fewer are better."""
 
 IGNORE = -100
 """Target without loss."""
@@ -28,7 +31,7 @@ class LossState:
     """Per-step numbers that pass between the loop and the head."""
 
     scale: float = 1.0
-    """Factor of the sum of the token losses: data ranks x micro-batches / targets of the global batch."""
+    """Factor of the sum of the token losses: data ranks / targets of the step; in a pipeline x micro-batches."""
     sums: torch.Tensor | None = None
     """fp64 [SUMS] over the micro-batches: nll, logZ^2, logZ, targets, text nll, text targets, image nll, image targets;
     then nll and targets of each bucket of positions."""
@@ -41,15 +44,23 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, plan: "_Plan") -> Any:
-        need = plan.gradient
-        grad_hidden = torch.empty_like(hidden) if need else None
         wide = torch.float32 if weight.dtype != torch.float64 else torch.float64
-        grad_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if plan.weight_gradient else None
         nll = torch.empty(hidden.shape[0], dtype=wide, device=hidden.device)
         log_z = torch.empty_like(nll)
-        for low in range(0, hidden.shape[0], CHUNK):
-            rows = slice(low, low + CHUNK)
-            _chunk(hidden[rows], weight, targets[rows], plan, nll[rows], log_z[rows], grad_hidden, grad_weight, rows)
+        grad_hidden = torch.empty_like(hidden) if plan.gradient else None
+        grad_weight = None
+        # One buffer for all chunks: on a CPU each new one would cost more in page faults than its arithmetic.
+        chunk = CPU_CHUNK if hidden.is_cpu else CHUNK
+        buffer = hidden.new_empty(min(chunk, hidden.shape[0]), weight.shape[0])
+        for low in range(0, hidden.shape[0], chunk):
+            rows = slice(low, low + chunk)
+            logits = torch.mm(hidden[rows], weight.T, out=buffer[: hidden[rows].shape[0]])
+            grad = _softmax(logits.to(wide), targets[rows], plan, nll[rows], log_z[rows])
+            if grad_hidden is not None:
+                grad = logits.copy_(grad)
+                torch.mm(grad, weight, out=grad_hidden[rows])
+                if plan.weight_gradient:
+                    grad_weight = _add_product(grad_weight, grad, hidden[rows], wide)
         total = torch.where(targets != IGNORE, nll + plan.z_loss * log_z.square(), 0.0).sum() * plan.scale
         ctx.gradients = (grad_hidden, grad_weight, weight.dtype)
         ctx.mark_non_differentiable(nll, log_z)
@@ -61,7 +72,11 @@ class _ChunkedLoss(torch.autograd.Function):
         # In place: the gradients were made for this one call, and the table's is among the largest tensors there are.
         grad_hidden, grad_weight, dtype = ctx.gradients
         ctx.gradients = None
-        return grad_hidden.mul_(grad), None if grad_weight is None else grad_weight.mul_(grad).to(dtype), None, None
+        # The engine asks for no factor; elsewhere than on the CPU, looking would wait for the device.
+        if not grad.is_cpu or float(grad) != 1.0:
+            grad_hidden = grad_hidden.mul_(grad)
+            grad_weight = None if grad_weight is None else grad_weight.mul_(grad)
+        return grad_hidden, None if grad_weight is None else grad_weight.to(dtype), None, None
 
 
 @dataclass(frozen=True)
@@ -77,20 +92,20 @@ class _Plan:
     """Not for a frozen table."""
 
 
-def _chunk(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    targets: torch.Tensor,
-    plan: _Plan,
-    nll: torch.Tensor,
-    log_z: torch.Tensor,
-    grad_hidden: torch.Tensor | None,
-    grad_weight: torch.Tensor | None,
-    rows: slice,
-) -> None:
-    width, first = weight.shape[0], plan.rank * weight.shape[0]
-    logits = hidden @ weight.T
-    logits = logits.to(nll.dtype)
+def _add_product(
+    total: torch.Tensor | None, grad: torch.Tensor, hidden: torch.Tensor, wide: torch.dtype
+) -> torch.Tensor:
+    """total + grad^T hidden, the sum over chunks in `wide`."""
+    if total is None:
+        return (grad.T @ hidden).to(wide)
+    return total.addmm_(grad.T, hidden) if grad.dtype == wide else total.add_(grad.T @ hidden)
+
+
+def _softmax(
+    logits: torch.Tensor, targets: torch.Tensor, plan: _Plan, nll: torch.Tensor, log_z: torch.Tensor
+) -> torch.Tensor:
+    """Fill nll and log_z of a chunk; turn its logits, in place, into the loss's gradient by them (if one is wanted)."""
+    width, first = logits.shape[1], plan.rank * logits.shape[1]
     if first + width > plan.vocab_size:  # padded rows of the table never count
         logits[:, max(0, plan.vocab_size - first) :] = -torch.inf
     top = logits.amax(dim=1)
@@ -107,20 +122,12 @@ def _chunk(
     log_sum = sums[0].log()
     nll.copy_(log_sum - sums[1])
     log_z.copy_(log_sum + top)
-    if grad_hidden is None:
-        return
-    # d(nll + z logZ^2)/dlogit = softmax * (1 + 2 z logZ) - onehot, over real targets only
-    real = (targets != IGNORE).to(exp.dtype) * plan.scale
-    exp.mul_(((1.0 + 2.0 * plan.z_loss * log_z) * real / sums[0])[:, None])
-    exp.scatter_add_(1, local[:, None], (-real * mine)[:, None])
-    grad = exp.to(weight.dtype)
-    torch.mm(grad, weight, out=grad_hidden[rows])
-    if grad_weight is None:
-        return
-    if grad.dtype == grad_weight.dtype:
-        grad_weight.addmm_(grad.T, hidden)
-    else:
-        grad_weight.add_(grad.T @ hidden)
+    if plan.gradient:
+        # d(nll + z logZ^2)/dlogit = softmax * (1 + 2 z logZ) - onehot, over real targets only
+        real = (targets != IGNORE).to(exp.dtype) * plan.scale
+        exp.mul_(((1.0 + 2.0 * plan.z_loss * log_z) * real / sums[0])[:, None])
+        exp.scatter_add_(1, local[:, None], (-real * mine)[:, None])
+    return exp
 
 
 def chunked_loss(

@@ -21,6 +21,7 @@ from megatron.core.tensor_parallel.mappings import (
 from megacm3.config import Config
 from megacm3.model.block import Block, positions_in_document, unpack
 from megacm3.model.init import initialize
+from megacm3.model.kernels import PLAIN, Kernels
 from megacm3.model.layers import Norm, linear_config
 from megacm3.model.loss import IGNORE, POSITION_BUCKETS, LossState, chunked_loss
 from megacm3.model.trained import IMAGE_ROWS, ImageRows, freeze
@@ -129,14 +130,20 @@ class Head(torch.nn.Module):
     kinds: torch.Tensor
 
     def __init__(
-        self, config: Config, context: ParallelContext, linear: Any, kinds: torch.Tensor, state: LossState
+        self,
+        config: Config,
+        context: ParallelContext,
+        linear: Any,
+        kinds: torch.Tensor,
+        state: LossState,
+        kernels: Kernels = PLAIN,
     ) -> None:
         super().__init__()
         model = config.model
         self.context, self.state = context, state
         self.vocab_size, self.z_loss = model.vocab_size, config.objective.z_loss
         self.register_buffer("kinds", kinds.to(context.device), persistent=False)
-        self.norm = Norm("final_norm", model, context, linear.params_dtype)
+        self.norm = Norm("final_norm", model, context, linear.params_dtype, kernels)
         self.tied_to: tuple[Words, ...] = ()
         self.weight = self.image_rows = None
         if not model.tied:
@@ -220,7 +227,9 @@ class Stage:
     """Blocks are what a pipeline spreads evenly."""
 
 
-def list_stages(config: Config, context: ParallelContext, kinds: torch.Tensor, state: LossState) -> list[Stage]:
+def list_stages(
+    config: Config, context: ParallelContext, kinds: torch.Tensor, state: LossState, kernels: Kernels = PLAIN
+) -> list[Stage]:
     """The network as a list, the same for every layout.
 
     kinds: uint8 [vocab_size], `Vocabulary.kind`: which targets count as text and which as image.
@@ -240,11 +249,12 @@ def list_stages(config: Config, context: ParallelContext, kinds: torch.Tensor, s
         Stage(lambda: built(Positions(config, context, linear))),
     ]
     stages += [
-        Stage(partial(_block, built, i, config, context, linear), is_block=True) for i in range(config.model.layers)
+        Stage(partial(_block, built, i, config, context, linear, kernels), is_block=True)
+        for i in range(config.model.layers)
     ]
     if config.model.tied:
         stages.append(Stage(stages[0].build, is_table=True, tied_call=hand_on_table, tied_weights=tied))
-    stages.append(Stage(lambda: built(Head(config, context, linear, kinds, state))))
+    stages.append(Stage(lambda: built(Head(config, context, linear, kinds, state, kernels))))
     return stages
 
 

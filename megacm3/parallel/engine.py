@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from megacm3.config import Config
 from megacm3.model.block import pack
+from megacm3.model.kernels import capabilities, choose
 from megacm3.model.loss import IGNORE, POSITION_BUCKETS, SUMS, LossState
 from megacm3.model.stages import Head, Network, Stage, Words, list_stages
 from megacm3.parallel.clock import ForwardClock
@@ -44,7 +45,10 @@ class Engine:
         self.config, self.context, self.state = config, context, LossState()
         self.json = fill_deepspeed_json(config, context.data)
         self.zero_stage = zero_stage(self.json)
-        self.module = self._build(list_stages(config, context, kinds, self.state))
+        kernels = choose(capabilities(context.device), config)
+        if context.rank == 0:
+            kernels.report()
+        self.module = self._build(list_stages(config, context, kinds, self.state, kernels))
         optimizer = build_optimizer(config, self.module, own_clipping(self.json))
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=self.module,
@@ -55,6 +59,10 @@ class Engine:
         self.clock = ForwardClock(self.module, context)
         if own_clipping(self.json):
             start_clipping(self.optimizer, context, config.optimizer.clip)
+        if self.zero_stage == 0 and context.data == 1:
+            # Else each gradient is copied into a bucket, summed over one rank, and copied back.
+            side = "pipeline_enable_backward_allreduce" if context.pipeline > 1 else "enable_backward_allreduce"
+            setattr(self.engine, side, False)
 
     def _build(self, stages: list[Stage]) -> torch.nn.Module:
         if self.context.pipeline > 1:
@@ -92,15 +100,16 @@ class Engine:
         self.clock.reset()
         targets = torch.tensor([sum(int((b["targets"] != IGNORE).sum()) for b in micro_batches)], device=context.device)
         dist.all_reduce(targets, group=context.data_group)
-        state.scale = context.data * len(micro_batches) / max(1, int(targets))
+        state.scale = context.data / max(1, int(targets))
         state.sums, state.output_norm = None, []
         if context.pipeline > 1:
+            state.scale *= len(micro_batches)  # which DeepSpeed's pipeline divides by, too
             unused = torch.zeros(1)
             self.engine.train_batch(iter((self._inputs(b), unused) for b in micro_batches))
         else:
             for batch in micro_batches:
                 loss = self.engine(*self._inputs(batch))
-                self.engine.backward(loss)
+                self.engine.backward(loss * len(micro_batches))  # which DeepSpeed divides by
                 self.engine.step()
         return self._result()
 

@@ -9,6 +9,15 @@ from megacm3.config import Config
 from megacm3.parallel.context import ParallelContext
 from megacm3.parallel.parts import parts_of
 
+_PIECE = 1 << 16
+"""Numbers whose squares are summed in fp32, to 1e-7; over a whole table fp32 loses the third digit."""
+
+
+def _square_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum of squares in fp64, without a copy of the tensor in fp64."""
+    norms = torch._foreach_norm(tensor.detach().reshape(-1).split(_PIECE), dtype=torch.float32)
+    return torch.stack(norms).double().square().sum()
+
 
 class _ClippedSteps:
     """Global norm and clipping inside `optimizer.step`, where ZeRO does not do it (stage 0).
@@ -35,7 +44,7 @@ class _ClippedSteps:
             counted = p.tensor_model_parallel or context.tensor_rank == 0
             tied_copy = context.pipeline > 1 and context.is_last_stage and parts_of(p)[0].name == "embed.weight"
             if counted and not tied_copy:
-                total += p.grad.double().square().sum()
+                total += _square_sum(p.grad)
         if context.tensor * context.pipeline > 1:
             dist.all_reduce(total, group=context.model_group)
         self.grad_norm = float(total.sqrt())
@@ -63,7 +72,7 @@ def parameter_groups(config: Config, module: torch.nn.Module) -> list[dict[str, 
 
 
 def build_optimizer(config: Config, module: torch.nn.Module, own_clip: bool) -> Any:
-    """AdamW (torch's fused kernel) or SGD over the module's parameters.
+    """AdamW (torch's fused kernel; model/kernels.py says why) or SGD over the module's parameters.
 
     own_clip: make one that can clip by itself; `start_clipping` turns that on once the engine stands.
     """

@@ -35,7 +35,7 @@ def plain(
 @pytest.mark.parametrize("chunk", [1, 7, 36, 37, 1024])
 @pytest.mark.parametrize("z_loss", [0.0, 0.01])
 def test_equals_the_plain_loss_for_any_chunk(monkeypatch: pytest.MonkeyPatch, chunk: int, z_loss: float) -> None:
-    monkeypatch.setattr(loss_module, "CHUNK", chunk)
+    monkeypatch.setattr(loss_module, "CPU_CHUNK", chunk)
     hidden, weight, targets = example(torch.float64)
     total, nll, log_z = chunked_loss(hidden, weight, targets, vocab_size=VOCAB, z_loss=z_loss, scale=0.25)
     expected, nll_expected, log_z_expected = plain(hidden, weight, targets, z_loss, 0.25)
@@ -121,7 +121,7 @@ def test_logits_never_exist_whole(monkeypatch: pytest.MonkeyPatch) -> None:
                     self.numel = max(self.numel, tensor.numel())
             return out
 
-    monkeypatch.setattr(loss_module, "CHUNK", 16)
+    monkeypatch.setattr(loss_module, "CPU_CHUNK", 16)
     hidden = torch.randn(4096, 8, requires_grad=True)
     weight = torch.randn(512, 8, requires_grad=True)
     with Largest() as largest:
