@@ -47,8 +47,8 @@ def load(engine: Engine, context: ParallelContext, step_folder: Path, *, optimiz
     checkpoint, problem = _attempt(lambda: _checked(Checkpoint(step_folder), context))
     _agree(context, problem)
     if optimizer:
-        boxes = joined_boxes(_everywhere(context, trained_boxes(engine)))
-        _, problem = _attempt(lambda: _check_trained(checkpoint, boxes, engine))
+        boxes, wanted = joined_boxes(_everywhere(context, trained_boxes(engine))), _wanted(engine, context)
+        _, problem = _attempt(lambda: _check_trained(checkpoint, boxes, engine, wanted))
         _agree(context, problem)
     _fill(engine, context, checkpoint, optimizer=optimizer)
     state: dict[str, Any] = checkpoint.state
@@ -72,8 +72,7 @@ def load_weights(engine: Engine, context: ParallelContext, opened: Callable[[], 
 
 
 def _fill(engine: Engine, context: ParallelContext, weights: Weights, *, optimizer: bool) -> None:
-    held = _everywhere(context, expected_tensors(engine))
-    wanted = {name: shape for tensors in held for name, shape in tensors.items()}
+    wanted = _wanted(engine, context)
     new = set() if optimizer else {name for name in wanted if is_adapter(name) and name not in weights.shapes}
     _, problem = _attempt(lambda: weights.check_tensors({n: shape for n, shape in wanted.items() if n not in new}))
     if problem is None:
@@ -82,9 +81,20 @@ def _fill(engine: Engine, context: ParallelContext, weights: Weights, *, optimiz
     settle(engine)
 
 
-def _check_trained(checkpoint: Checkpoint, trained: dict[str, list[str]], engine: Engine) -> None:
+def _wanted(engine: Engine, context: ParallelContext) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor that the ranks' models hold."""
+    held = _everywhere(context, expected_tensors(engine))
+    return {name: shape for tensors in held for name, shape in tensors.items()}
+
+
+def _check_trained(
+    checkpoint: Checkpoint, trained: dict[str, list[str]], engine: Engine, wanted: dict[str, tuple[int, ...]]
+) -> None:
     """Raise CheckpointError when other parameters trained than those that train now: their moments would be missing."""
     for name, shape in checkpoint.shapes.items():
+        # What does not fit at all is named by the check of names and shapes that follows.
+        if wanted.get(name) != shape:
+            continue
         if trained_numel(checkpoint.trained, name, shape) != trained_numel(trained, name, shape):
             then = checkpoint.config.get("train", {}).get("parameters", "all")
             raise CheckpointError(

@@ -110,9 +110,9 @@ def test_a_missing_model_is_a_checkpoint_error(tmp_path):
 
 
 def test_evaluate(place, capfd):
-    assert run_tool("evaluate", "--model", place / "hf", "--task", "vqa", "--input", "x") == (
+    assert run_tool("evaluate", "--model", place / "hf", "--task", "vqaa", "--input", "x") == (
         2,
-        "--task vqa is unknown; expected one of perplexity, fidelity",
+        "--task vqaa is unknown; expected one of perplexity, fidelity, retrieval, fid, clip, recall, caption, vqa",
     )
     code, line = run_tool("evaluate", "--model", place / "hf", "--task", "perplexity", "--input", place / "none")
     assert code == 3 and "none" in line

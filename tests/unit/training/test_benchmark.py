@@ -22,7 +22,7 @@ def test_shape() -> None:
     config = load_config(None, SHAPE)
     trunk, table = 8 * (4 * 512 * 512 + 3 * 512 * 1408), 512 * 65536
     assert trunk == 25_690_112
-    assert step_flops(config) == 4 * 512 * (6 * (trunk + table) + 3 * 8 * 4 * 512 * 512)
+    assert step_flops(config) == 4 * 1024 * (6 * (trunk + table) + 3 * 8 * 4 * 512 * 1024)
 
 
 def test_figures_are_medians_of_the_rounds() -> None:
@@ -30,7 +30,7 @@ def test_figures_are_medians_of_the_rounds() -> None:
     mine = Result("megacm3", 100, [], 1900, seconds=[1.0, 2.0, 9.0], matmul=[1e12, 2e12, 1e12])
     other = Result("transformers", 100, [], 2200, seconds=[2.0, 2.0, 9.0], matmul=[1e12] * 3)
     found = Comparison(config, {"megacm3": mine, "transformers": other})
-    assert found.tokens_per_second("megacm3") == 2048 / 2.0
+    assert found.tokens_per_second("megacm3") == 4096 / 2.0
     assert found.ratio("megacm3", "transformers") == 1.0
     assert found.utilisation("megacm3") == step_flops(config) / 4e12
     assert (mine.above_states, other.above_states) == (300, 600)
