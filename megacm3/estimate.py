@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from megacm3.config import Config, ModelConfig
 from megacm3.parallel.context import accumulation, check_world
 from megacm3.parallel.deepspeed_json import fill_deepspeed_json, offloads, zero_stage
+from megacm3.plan_zero3 import Gathering, gathering, micro_batch_order
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -80,8 +81,16 @@ class Layout:
     """Bytes of a weight or activation: 2 in bf16, 4 in fp32."""
     gradient_width: int
     """Bytes of a summed gradient."""
+    reduced_width: int
+    """Bytes of a gradient on its way between data ranks: by default those of a weight, whatever it is summed up in."""
     bucket: int
     """Numbers in a buffer that reduces gradients; 0 without ZeRO."""
+    reach: int
+    """ZeRO-3 keeps a gathered weight that comes again before so many numbers."""
+    ahead: int
+    """Numbers that ZeRO-3 gathers in advance at each module."""
+    live: int
+    """Whole numbers at which ZeRO-3 stops gathering in advance."""
 
     @property
     def shards(self) -> int:
@@ -93,7 +102,8 @@ def layout_of(config: Config, world: int) -> Layout:
     """The layout that a config has on `world` ranks. Raises ConfigError for one that is not legal."""
     data = check_world(config, world)
     json = fill_deepspeed_json(config, data)
-    stage = zero_stage(json)
+    stage, zero = zero_stage(json), json["zero_optimization"]
+    width = 2 if config.train.dtype == "bf16" else 4
     return Layout(
         world=world,
         tensor=config.parallel.tensor,
@@ -106,9 +116,13 @@ def layout_of(config: Config, world: int) -> Layout:
         offload_param=offloads(json, "param"),
         micro_batch=config.train.micro_batch,
         micro_batches=accumulation(config, data),
-        width=2 if config.train.dtype == "bf16" else 4,
+        width=width,
         gradient_width=4 if json["data_types"]["grad_accum_dtype"] == "fp32" else 2,
-        bucket=int(json["zero_optimization"].get("reduce_bucket_size", 500_000_000)) if stage else 0,
+        reduced_width={"fp32": 4, "bf16": 2, "fp16": 2}.get(str(json.get("communication_data_type")).lower(), width),
+        bucket=int(zero.get("reduce_bucket_size", 500_000_000)) if stage else 0,
+        reach=int(zero.get("stage3_max_reuse_distance", 1e9)),
+        ahead=int(zero.get("stage3_prefetch_bucket_size", 5e7)),
+        live=int(zero.get("stage3_max_live_parameters", 1e9)),
     )
 
 
@@ -129,13 +143,30 @@ def stage_names(model: ModelConfig, pipeline: int, stage: int) -> Iterator[str]:
 
 def rank_parameters(model: ModelConfig, layout: Layout, stage: int) -> int:
     """Numbers that a rank of a pipeline stage holds before ZeRO cuts them, padding rows of the tables included."""
-    shapes, total = logical_shapes(model), 0
-    for name in stage_names(model, layout.pipeline, stage):
-        count = math.prod(shapes[name])
-        if name in ("embed.weight", "head.weight"):
-            count = table_rows(model) * model.hidden_size
-        total += count if is_replicated(name) else count // layout.tensor
-    return total
+    shapes = logical_shapes(model)
+    return sum(_rank_share(model, layout, name, shapes[name]) for name in stage_names(model, layout.pipeline, stage))
+
+
+def _rank_share(model: ModelConfig, layout: Layout, name: str, shape: tuple[int, ...]) -> int:
+    if name in ("embed.weight", "head.weight"):
+        return table_rows(model) * model.hidden_size // layout.tensor
+    return math.prod(shape) // (1 if is_replicated(name) else layout.tensor)
+
+
+def gathered(model: ModelConfig, layout: Layout) -> Gathering:
+    """What ZeRO-3 gathers in a micro-batch. Norms count as gathered with the rest, though it keeps them whole."""
+    sizes: dict[str, int] = {}
+    for name, shape in logical_shapes(model).items():
+        *module, _ = name.split(".")
+        for parts, fused in ((("q", "k", "v"), "qkv"), (("gate", "up"), "up")):
+            module = [fused if part in parts else part for part in module]
+        key = ".".join(module)
+        sizes[key] = sizes.get(key, 0) + _rank_share(model, layout, name, shape)
+    blocks = [[key for key in sizes if key.startswith(f"layers.{i}.")] for i in range(model.layers)]
+    first = ["embed"] + ["positions"] * ("positions" in sizes)
+    last = "embed" if model.tied else "head"
+    order = micro_batch_order(first, blocks, last, layout.recompute == "full")
+    return gathering(order, tuple(sizes.items()), layout.reach, layout.ahead, layout.live)
 
 
 @dataclass(frozen=True)
@@ -219,7 +250,7 @@ class Memory:
 def state_bytes(count: int, layout: Layout, optimizer: str = "adamw") -> Memory:
     """Weights, gradients and optimizer of `count` local numbers under DeepSpeed's ZeRO (docs: DeepSpeed ZeRO stages).
 
-    ZeRO 0 to 2 are measured on ranks by tests/dist/test_estimate.py; padding to a multiple of the ranks is left out.
+    Measured on ranks by tests/dist/test_estimate.py; padding to a multiple of the ranks is left out.
     """
     share = -(-count // layout.data)
     bf16 = layout.width == 2
@@ -315,6 +346,18 @@ def buffer_bytes(config: Config, layout: Layout, stage: int, count: int) -> int:
         staged = layout.gradient_width if layout.zero == 1 else layout.width
         kept = layout.bucket * staged * (1 if layout.zero == 3 else 2)
     if layout.zero == 3:
-        block = rank_parameters(model, layout, 0) // max(1, model.layers)
-        kept += 2 * max(block, rows * model.hidden_size) * layout.width
-    return max(loss, again, step) + kept
+        kept += gathered(model, layout).peak * layout.width
+    return max(loss, again, step) + kept + hand_off_bytes(config, layout, stage)
+
+
+def hand_off_bytes(config: Config, layout: Layout, stage: int) -> int:
+    """Of hidden states that DeepSpeed's pipeline holds on to after the last backward pass of a step.
+
+    A stage receives activations and gradients in buffers of their own. The last one never drops the losses of its two
+    slots, whose graphs end in the received activations and their gradients.
+    """
+    if layout.pipeline == 1:
+        return 0
+    last = stage == layout.pipeline - 1
+    hidden = layout.micro_batch * config.model.sequence_length * config.model.hidden_size // layout.shards
+    return layout.width * hidden * ((stage > 0) + (not last) + 2 * last * min(2, layout.micro_batches))
