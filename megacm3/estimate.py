@@ -19,6 +19,9 @@ Shapes = dict[str, tuple[int, ...]]
 CHUNK = 1024
 """Tokens of a chunk of the loss (model/loss.py, which needs torch to be imported)."""
 
+PIECE = 500_000_000
+"""Numbers after which DeepSpeed ends a flattened piece of gradients (its MEMORY_OPT_ALLREDUCE_SIZE)."""
+
 
 def logical_shapes(model: ModelConfig) -> Shapes:
     """Name and shape of every logical tensor, in the order of the network."""
@@ -341,13 +344,22 @@ def buffer_bytes(config: Config, layout: Layout, stage: int, count: int) -> int:
     if layout.recompute == "full":
         again = block_activations(config, replace(layout, recompute="none"))
     step = 4 * count if layout.zero == 0 and layout.width == 2 else 4 * -(-count // layout.data)
-    kept = 0
-    if layout.zero and (layout.data > 1 or layout.zero == 3):
-        staged = layout.gradient_width if layout.zero == 1 else layout.width
-        kept = layout.bucket * staged * (1 if layout.zero == 3 else 2)
+    flat, kept = _reduction_bytes(layout, count, rows * model.hidden_size)
     if layout.zero == 3:
         kept += gathered(model, layout).peak * layout.width
-    return max(loss, again, step) + kept + hand_off_bytes(config, layout, stage)
+    return max(loss, again, step, flat) + kept + hand_off_bytes(config, layout, stage)
+
+
+def _reduction_bytes(layout: Layout, count: int, table: int) -> tuple[int, int]:
+    # (gradients flattened after the last backward pass, buckets during it). Without ZeRO, and at ZeRO-1 with sums in
+    # fp32, DeepSpeed lays gradients end to end in pieces of PIECE numbers, and once more in what it reduces them in.
+    if layout.zero == 0 and layout.data == 1:
+        return 0, 0
+    if layout.zero == 0 or (layout.zero == 1 and layout.gradient_width > layout.width):
+        again = layout.reduced_width if layout.reduced_width != layout.gradient_width else 0
+        return min(count, PIECE + table) * (layout.gradient_width + again), 0
+    staged = layout.gradient_width if layout.zero == 1 else layout.width
+    return 0, layout.bucket * staged * (1 if layout.zero == 3 else 2)
 
 
 def hand_off_bytes(config: Config, layout: Layout, stage: int) -> int:

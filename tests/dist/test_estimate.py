@@ -8,7 +8,14 @@ from typing import Any
 
 import pytest
 
-from megacm3.estimate import activation_bytes, hand_off_bytes, layout_of, rank_parameters, state_bytes
+from megacm3.estimate import (
+    activation_bytes,
+    buffer_bytes,
+    hand_off_bytes,
+    layout_of,
+    rank_parameters,
+    state_bytes,
+)
 from megacm3.resolve import load_config
 from megacm3.traffic import step_traffic
 from tests.helpers.distributed import run_distributed
@@ -138,6 +145,45 @@ def test_states_are_the_storages_of_the_ranks(case: Case, tmp_path: Path) -> Non
         count = rank_parameters(config.model, layout, stage)
         expected = state_bytes(count, layout, config.optimizer.kind).states + hand_off_bytes(config, layout, stage)
         assert expected == pytest.approx(measured, rel=0.01), (expected / count, measured / count)
+
+
+def reducing(overrides: list[str]) -> int:
+    """On a rank, in the second step: most bytes alive at a collective."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from tests.helpers.layouts import batch, micro_batches, start
+    from tests.helpers.memory import live_bytes
+
+    found: list[int] = []
+
+    class Looking(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if function.namespace == "c10d":
+                found.append(live_bytes() - before)
+            return function(*args, **(kwargs or {}))
+
+    before = live_bytes()
+    config, context, engine = start(overrides)
+    engine.train_step(micro_batches(batch(0, config), config, context))
+    data = micro_batches(batch(1, config), config, context)
+    with Looking():
+        engine.train_step(data)
+    return max(found)
+
+
+FLATTENED = (Case(2, 0), Case(2, 0, dtype="bf16"), Case(1, 1, dtype="bf16"), Case(2, 1, dtype="bf16"))
+
+
+@pytest.mark.parametrize("case", FLATTENED, ids=str)
+def test_states_and_flattened_gradients(case: Case, tmp_path: Path) -> None:
+    """Within 1 %: what a rank holds while gradients are summed over the data ranks."""
+    overrides = case.overrides(tmp_path)
+    config = load_config(None, overrides)
+    layout = layout_of(config, case.world)
+    count = rank_parameters(config.model, layout, 0)
+    expected = state_bytes(count, layout).states + buffer_bytes(config, layout, 0, count)
+    for measured in run_distributed(reducing, case.world, overrides=overrides):
+        assert expected == pytest.approx(measured, rel=0.01)
 
 
 def test_zero_3_cuts_the_weights(tmp_path: Path) -> None:
