@@ -3,10 +3,13 @@
 import io
 import os
 import shutil
+import statistics
 import tarfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -26,6 +29,8 @@ class PretokenizeTiming:
     encode: float
     """Seconds to encode a picture in batches of 32, one thread."""
     cores: int
+    together: float
+    """Pictures a second of bare decoding and encoding in a process on every core at once, nothing else."""
     rate: float
     """Pictures a second of the whole job, after the libraries are imported."""
 
@@ -40,12 +45,8 @@ def benchmark_pretokenize(work: Path, pictures: int = 4000, shards: int = 8) -> 
 
     Files go below `work`, which is removed afterwards.
     """
-    import torch
-
     from megacm3.data.executors import ExecutorOptions
-    from megacm3.data.images import open_image, prepare_image
     from megacm3.data.pretokenize import PretokenizeOptions, pretokenize
-    from megacm3.tokenizers.image import ImageTokenizer
 
     cores = len(os.sched_getaffinity(0))
     work.mkdir(parents=True)
@@ -56,16 +57,8 @@ def benchmark_pretokenize(work: Path, pictures: int = 4000, shards: int = 8) -> 
             _write_shard(work / "in" / f"{shard:05d}.tar", range(shard, pictures, shards), sample)
         for core in range(cores):
             _write_shard(work / "warm" / f"{core}.tar", range(core, 2 * cores, cores), sample)
-        torch.set_num_threads(1)
-        began = time.perf_counter()
-        pixels = [prepare_image(open_image(data), 64) for data in sample]
-        decode = (time.perf_counter() - began) / len(sample)
-        tokenizer = ImageTokenizer.load(work / "image")
-        tokenizer.encode(np.stack(pixels[:32]))
-        began = time.perf_counter()
-        for start in range(0, len(pixels), 32):
-            tokenizer.encode(np.stack(pixels[start : start + 32]))
-        encode = (time.perf_counter() - began) / len(sample)
+        decode, encode = _bare(sample, work / "image")
+        together = _bare_together(sample, work / "image", cores)
         text, image = str(work / "text"), str(work / "image")
         where = ExecutorOptions(workers=cores)
         # The first job starts the server that workers are forked from, with its imports (one worker would need none).
@@ -75,7 +68,45 @@ def benchmark_pretokenize(work: Path, pictures: int = 4000, shards: int = 8) -> 
             seconds = time.perf_counter() - began
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    return PretokenizeTiming(pictures, decode, encode, cores, pictures / seconds)
+    return PretokenizeTiming(pictures, decode, encode, cores, together, pictures / seconds)
+
+
+_PASSES = 5
+
+
+def _bare(sample: list[bytes], tokenizer: Path, start: Any = None) -> tuple[float, float]:
+    """Seconds a picture to decode, and to encode, in one thread: medians of some passes over `sample`."""
+    import torch
+
+    from megacm3.data.images import open_image, prepare_image
+    from megacm3.tokenizers.image import ImageTokenizer
+
+    torch.set_num_threads(1)
+    network = ImageTokenizer.load(tokenizer)
+    network.encode(np.zeros((32, 64, 64, 3), np.uint8))
+    if start is not None:
+        start.wait()
+    seconds = []
+    for _ in range(_PASSES):
+        began = time.perf_counter()
+        pixels = [prepare_image(open_image(data), 64) for data in sample]
+        decoded = time.perf_counter()
+        for first in range(0, len(pixels), 32):
+            network.encode(np.stack(pixels[first : first + 32]))
+        seconds.append(((decoded - began) / len(sample), (time.perf_counter() - decoded) / len(sample)))
+    return statistics.median(s[0] for s in seconds), statistics.median(s[1] for s in seconds)
+
+
+def _bare_together(sample: list[bytes], tokenizer: Path, cores: int) -> float:
+    # Cores share caches and, as hyper-threads, arithmetic units: together they give less than so many times one.
+    import multiprocessing
+
+    context = multiprocessing.get_context("spawn")
+    with context.Manager() as manager:
+        start = manager.Barrier(cores)
+        with ProcessPoolExecutor(cores, context) as pool:
+            running = [pool.submit(_bare, sample, tokenizer, start) for _ in range(cores)]
+            return sum(1 / sum(job.result()) for job in running)
 
 
 def _tokenizers(work: Path) -> None:

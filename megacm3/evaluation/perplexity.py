@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 BATCH_TOKENS = 4096
 """Tokens (with padding) of one pass."""
+PARTS = 8
+"""Of the context, for losses by position."""
 LOGIT_ROWS = 1024
 """Positions whose logits are held at once."""
 
@@ -42,14 +44,15 @@ def check_store(generator: "Generator", store: Store) -> None:
 
 
 def perplexity(generator: "Generator", documents: Iterable[Document]) -> dict[str, Any]:
-    """Mean loss in nats and its exponential by modality, and bits per pixel of pictures.
+    """Mean loss in nats and its exponential by modality and position, and bits per pixel of pictures.
 
-    A document longer than the context is cut there, and counted.
+    by_position: mean loss in each eighth of the context, None where no token stands. A document longer than the context
+    is cut there, and counted. By number of retrieved documents: `retrieval_gain`.
     """
     layout = Layout(generator.vocabulary)
     kind = torch.from_numpy(generator.vocabulary.kind)
-    sums = {TEXT: 0.0, IMAGE: 0.0}
-    counts = {TEXT: 0, IMAGE: 0}
+    sums = {name: torch.zeros(PARTS, dtype=torch.float64) for name in (TEXT, IMAGE)}
+    counts = {name: torch.zeros(PARTS, dtype=torch.float64) for name in (TEXT, IMAGE)}
     read = cut = 0
 
     def samples() -> Iterator[np.ndarray]:
@@ -62,16 +65,19 @@ def perplexity(generator: "Generator", documents: Iterable[Document]) -> dict[st
 
     for batch in batches_of(samples()):
         losses, targets = token_losses(generator, batch)
+        part = torch.cat([torch.arange(1, len(tokens)) for tokens in batch]) * PARTS // (generator.context + 1)
         for name in (TEXT, IMAGE):
             chosen = kind[targets] == name
-            sums[name] += float(losses[chosen].sum())
-            counts[name] += int(chosen.sum())
+            sums[name].index_add_(0, part[chosen], losses[chosen])
+            counts[name].index_add_(0, part[chosen], torch.ones_like(losses[chosen]))
     result: dict[str, Any] = {"documents": read, "documents_cut": cut}
     for name, label in ((TEXT, "text"), (IMAGE, "image")):
-        if counts[name]:
-            mean = sums[name] / counts[name]
-            result[label] = {"loss": mean, "perplexity": math.exp(mean), "tokens": counts[name]}
-    if counts[IMAGE]:
+        if counts[name].sum():
+            mean = float(sums[name].sum() / counts[name].sum())
+            result[label] = {"loss": mean, "perplexity": math.exp(mean), "tokens": int(counts[name].sum())}
+            parts = zip((sums[name] / counts[name]).tolist(), counts[name].tolist(), strict=True)
+            result[label]["by_position"] = [value if number else None for value, number in parts]
+    if "image" in result:
         bits = result["image"]["loss"] / math.log(2) * generator.vocabulary.image_tokens
         result["image"]["bits_per_pixel"] = bits / generator.image_size**2
     return result

@@ -12,6 +12,7 @@ from megacm3.data.store import Store
 from megacm3.errors import DataError
 from megacm3.evaluation.answers import Answers, Question, answer_all, chance, choose_questions, wanted_text
 from megacm3.evaluation.charts import loss_chart, read_lines
+from megacm3.evaluation.for_people import write_for_people
 from megacm3.evaluation.page import Figure, Section, render
 from megacm3.evaluation.perplexity import check_store
 from megacm3.evaluation.pictures import png_bytes, titled_sheets
@@ -69,10 +70,11 @@ def compare_models(
 
 
 def write_tuning_report(found: Comparison, generator: Generator, output: Path, run: str = "", shown: int = 8) -> None:
-    """Write report.html, samples.png and answers.json into `output`. run: the fine-tuning's folder, for its curve."""
+    """Write report.html, samples.png, answers.json and people/ into `output`. run: the tuning's folder."""
     output.mkdir(parents=True, exist_ok=True)
     table = found.figures()
     write_json(output / "answers.json", {"tasks": table, "rows": _rows(found, generator)})
+    write_for_people(generator, found.questions, found.answers, output / "people")
     sections = [_summary(table)]
     if run:
         sections.append(Section("Training", charts=[loss_chart(read_lines(Path(run) / "metrics.jsonl"))]))

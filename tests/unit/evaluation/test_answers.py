@@ -14,6 +14,7 @@ from megacm3.data.parts import write_store
 from megacm3.data.store import Store, StoreShape
 from megacm3.errors import DataError
 from megacm3.evaluation import answers
+from megacm3.evaluation.answer_files import read_answers
 from megacm3.evaluation.answers import answer_all, answer_losses, chance, choose_questions, plain, word_overlap
 from megacm3.evaluation.tuning_report import compare_models, write_tuning_report
 from tests.helpers import tiny_models
@@ -130,6 +131,9 @@ def test_two_models_on_one_page(hf_folder, store, tmp_path, capsys) -> None:
     page = (tmp_path / "out/report.html").read_text()
     assert page.count("data:image/png;base64,") >= 3 + 3 * 4 and not re.search(r'(src|href)="(?!data:)', page)
     assert (tmp_path / "out/samples.png").stat().st_size > 1000
+    one, other = (read_answers(tmp_path / "out/people" / f"{name}.jsonl") for name in ("base", "tuned"))
+    assert len(one) == 6 and [row.key for row in one] == [row.key for row in other]
+    assert all(len(row.images) == (row.task == "edit") and row.prompt for row in one)
 
 
 def test_models_and_stores_that_do_not_belong_together_are_refused(hf_folder, store, tmp_path) -> None:

@@ -30,15 +30,17 @@ def test_loss_equals_transformers(hf_folder, generator, monkeypatch):
 
     model = OPTForCausalLM.from_pretrained(hf_folder)
     vocabulary = generator.vocabulary
-    losses = {0: [], 1: []}
+    losses: dict = {0: [], 1: []}
+    eighths: dict = {0: [[] for _ in range(8)], 1: [[] for _ in range(8)]}
     for document in documents(9):
         tokens = torch.from_numpy(Layout(vocabulary).assemble([document])[0])
         with torch.no_grad():
             logits = model(input_ids=tokens[None, :-1]).logits[0, :, : vocabulary.size]
         each = torch.nn.functional.cross_entropy(logits, tokens[1:], reduction="none")
-        for loss, kind in zip(each.tolist(), vocabulary.kind[tokens[1:].numpy()], strict=True):
+        for at, (loss, kind) in enumerate(zip(each.tolist(), vocabulary.kind[tokens[1:].numpy()], strict=True), 1):
             if kind in losses:
                 losses[kind].append(loss)
+                eighths[kind][at * 8 // (generator.context + 1)].append(loss)
     monkeypatch.setattr(module, "BATCH_TOKENS", 100)
     monkeypatch.setattr(module, "LOGIT_ROWS", 7)
     found = perplexity(generator, documents(9))
@@ -47,6 +49,9 @@ def test_loss_equals_transformers(hf_folder, generator, monkeypatch):
         assert found[name]["tokens"] == len(losses[kind])
         assert found[name]["loss"] == pytest.approx(np.mean(losses[kind]), abs=1e-4)
         assert found[name]["perplexity"] == pytest.approx(math.exp(np.mean(losses[kind])), rel=1e-3)
+        wanted = [np.mean(part) if part else None for part in eighths[kind]]
+        assert found[name]["by_position"] == pytest.approx(wanted, abs=1e-4)
+        assert sum(value is not None for value in wanted) > 1
     bits = np.mean(losses[1]) / math.log(2) * 16 / 32**2
     assert found["image"]["bits_per_pixel"] == pytest.approx(bits, abs=1e-5)
 
