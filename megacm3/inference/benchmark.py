@@ -48,8 +48,8 @@ class GenerateTiming:
         return min((name for name in PEERS if name in self.rounds), key=lambda n: statistics.median(self.rounds[n]))
 
 
-def random_export(folder: Path, vocabulary: Vocabulary, layers: int = 8, hidden: int = 1024) -> None:
-    """A CM3Leon-shaped `OPTForCausalLM` with random weights: 437 MB of matrices a step with the defaults."""
+def random_export(folder: Path, vocabulary: Vocabulary, layers: int, hidden: int) -> None:
+    """A CM3Leon-shaped `OPTForCausalLM` with random weights: 8 layers of 1,024 have 437 MB of matrices a step."""
     from transformers import OPTConfig, OPTForCausalLM
 
     torch.manual_seed(0)
@@ -69,12 +69,19 @@ def random_export(folder: Path, vocabulary: Vocabulary, layers: int = 8, hidden:
 
 
 def benchmark_generate(
-    work: Path, codes: int, rounds: int, say: Callable[[str], None], peers: bool = True
+    work: Path,
+    codes: int,
+    rounds: int,
+    say: Callable[[str], None],
+    *,
+    layers: int = 8,
+    hidden: int = 1024,
+    peers: bool = True,
 ) -> GenerateTiming:
     """Run all contenders in turns, `rounds` times, in this process; files go below `work`."""
     vocabulary = Vocabulary.cm3leon(text_size=7168, codebook_size=8192, image_tokens=codes)
     folder = work / "model"
-    random_export(folder, vocabulary)
+    random_export(folder, vocabulary, layers, hidden)
     decoder = Decoder.load(folder)
     contenders: dict[str, Callable[[], None]] = {"ceiling": _ceiling(decoder, vocabulary, codes)}
     contenders |= _ours(decoder, Decoder.load(folder, int8=True), vocabulary, codes)
