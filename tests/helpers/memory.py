@@ -3,6 +3,7 @@
 import gc
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 def live_bytes() -> int:
@@ -14,7 +15,8 @@ def live_bytes() -> int:
         if not issubclass(type(thing), torch.Tensor):
             continue
         for tensor in (thing, thing.grad if thing.is_leaf else None):
-            if tensor is not None and not tensor.is_meta:
+            # What a compiler leaves behind has no storage of its own.
+            if tensor is not None and not tensor.is_meta and not isinstance(tensor, FakeTensor):
                 storage = tensor.untyped_storage()
                 storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())

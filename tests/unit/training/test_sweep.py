@@ -84,7 +84,14 @@ def test_a_trial_that_was_ended_is_started_again(tmp_path: Path) -> None:
     tree["commands"].insert(1, f"[ -e {tmp_path}/go ] || sleep 60")
     path.write_text(yaml.safe_dump(tree))
     command = [sys.executable, "tools/sweep.py", str(path)]
-    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE)
+    # What runs in the background of a shell without job control has Ctrl-C ignored, and so have its children.
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     while not (tmp_path / "started").exists():
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
