@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -115,18 +116,19 @@ def _as_tree(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def all_in_memory(checkpoint: Path, target: Path) -> None:
-    """The usual converter, as `zero_to_fp32` and its kin: put the whole state dict together, then save it.
+def all_in_memory(checkpoint: Path, target: Path, dtype: torch.dtype) -> None:
+    """The usual converter: put the whole state dict together, then save it. In fp32 as `zero_to_fp32` does.
 
-    (`zero_to_fp32` itself knows no tensor and pipeline ranks, and would write twice the bytes.)
+    (`zero_to_fp32` itself knows no tensor and pipeline ranks.)
     """
     from safetensors.torch import save_file
 
     source = Checkpoint(checkpoint)
     state = {}
     for name, shape in source.shapes.items():
-        state[name] = torch.empty(shape, dtype=source.kinds[PARAM])
-        source.read(PARAM, name, whole(shape), state[name])
+        tensor = torch.empty(shape, dtype=source.kinds[PARAM])
+        source.read(PARAM, name, whole(shape), tensor)
+        state[name] = tensor.to(dtype)
     target.mkdir()
     save_file(state, target / "model.safetensors", {"format": "pt"})
     with open(target / "model.safetensors", "rb") as file:
@@ -168,11 +170,14 @@ def convert(
         step(COPY, source, lambda: _copy(source, copy))
         step("import", output, lambda: from_hf(HfFolder(output), back, tensor, pipeline))
         step(COPY, source, lambda: _copy(source, copy))
-        available = _available_bytes()
-        if needed * 1.1 + SPARE < available:
-            step("export, all in memory", source, lambda: all_in_memory(source, copy))
-        else:
-            told(f"export, all in memory    left out: {available / 1e9:.1f} GB of memory are free")
+        for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
+            room, taken = _available_bytes(), needed * dtype.itemsize / torch.bfloat16.itemsize
+            if taken * 1.1 + SPARE < room:
+                step(f"export, {name} in memory", source, partial(all_in_memory, source, copy, dtype))
+            else:
+                told(
+                    f"export, {name} in memory   left out: it takes {taken / 1e9:.1f} GB, {room / 1e9:.1f} GB are free"
+                )
         step("hashes of every tensor", back, lambda: _same(source, back))
         step(f"logits, {GATE_LAYERS} layers", output, lambda: told(_gate(source, output)))
     finally:
