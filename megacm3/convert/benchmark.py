@@ -172,7 +172,7 @@ def convert(
         step(COPY, source, lambda: _copy(source, copy))
         for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
             room, taken = _available_bytes(), needed * dtype.itemsize / torch.bfloat16.itemsize
-            if taken * 1.1 + SPARE < room:
+            if taken * 1.1 + SPARE < room and taken < shutil.disk_usage(work).free:
                 step(f"export, {name} in memory", source, partial(all_in_memory, source, copy, dtype))
             else:
                 told(
