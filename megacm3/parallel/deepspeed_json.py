@@ -136,6 +136,9 @@ def _fill_dtypes(config: Config, tree: dict[str, Any], name: str) -> None:
             f"{name}: data_types.grad_accum_dtype = {found} is not possible with train.dtype = {config.train.dtype} "
             f'and ZeRO stage {stage}; write "auto"'
         )
+    if tree.get("communication_data_type", "auto") == "auto":
+        # A sum over hundreds of ranks in bf16 would lose what the fp32 sums keep; DeepSpeed's default is the weights' type.
+        tree["communication_data_type"] = "fp32"
     if bf16 and stage == 1:
         # Else the bf16 gradients stay beside the fp32 sums until the step.
         tree["bf16"].setdefault("immediate_grad_update", True)

@@ -277,6 +277,7 @@ NEAR_KEPT = ((REACH, 2_500_000), (AHEAD, 0))
 AHEAD_KEPT = ((REACH, 0), (AHEAD, 300_000), (LIVE, 1_500_000))
 TRAFFIC = (
     Case(2, 0),
+    Case(2, 0, dtype="bf16"),
     Case(2, 1),
     Case(2, 1, dtype="bf16"),
     Case(2, 2),
@@ -288,9 +289,9 @@ TRAFFIC = (
     Case(2, 3, zero_keys=AHEAD_KEPT),
     Case(2, 3, zero_keys=NEAR_KEPT, recompute="full"),
     Case(2, 3, zero_keys=NEAR_KEPT, extra=("model.preset=tiny_cm3leon",)),
-    Case(2, 1, dtype="bf16", reduced="fp32"),
-    Case(2, 2, dtype="bf16", reduced="fp32"),
-    Case(2, 3, dtype="bf16", reduced="fp32"),
+    Case(2, 1, dtype="bf16", reduced="bf16"),
+    Case(2, 2, dtype="bf16", reduced="bf16"),
+    Case(2, 3, dtype="bf16", reduced="bf16"),
     Case(2, 0, tensor=2),
     Case(2, 0, tensor=2, sequence=True, recompute="full"),
     Case(2, 0, pipeline=2),

@@ -142,6 +142,7 @@ def test_no_auto_is_left(ds: str, dtype: str) -> None:
     stage = tree["zero_optimization"]["stage"]
     # bf16 gradients are summed in fp32 wherever DeepSpeed can.
     assert tree["data_types"]["grad_accum_dtype"] == ("bf16" if stage == 0 and dtype == "bf16" else "fp32")
+    assert tree["communication_data_type"] == "fp32"
 
 
 @pytest.mark.parametrize(
