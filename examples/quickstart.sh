@@ -33,7 +33,6 @@ mkdir -p "$output"
 
 # Two ranks on the CPU, whatever else this machine has; the steps of one process use all cores.
 export DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES="" TOKENIZERS_PARALLELISM=false
-export PYTHONWARNINGS="ignore:Transformer Engine and Apex are not installed:UserWarning,ignore::FutureWarning"
 cores="$(python -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')"
 
 train="examples/data/train-*.tar"

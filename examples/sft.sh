@@ -41,7 +41,6 @@ mkdir -p "$output"
 
 # Two ranks on the CPU, whatever else this machine has; the steps of one process use all cores.
 export DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES="" TOKENIZERS_PARALLELISM=false
-export PYTHONWARNINGS="ignore:Transformer Engine and Apex are not installed:UserWarning,ignore::FutureWarning"
 
 config=examples/configs/sft.yaml
 steps=800 # train.steps of the config

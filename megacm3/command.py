@@ -4,12 +4,21 @@ import hashlib
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, NoReturn, TypeVar
 
 from megacm3.errors import ConfigError, Megacm3Error, Stopped
 
 Item = TypeVar("Item")
+
+# What libraries say on import or at every call, and no user of ours can act upon: parts that are optional (the doctor
+# lists them), a variable that model/kernels.py sets where there is a GPU, and names that torch is going to change.
+_NOISE = (
+    "Transformer Engine and Apex are not installed",
+    ".*CUDA_DEVICE_MAX_CONNECTIONS to 1",
+    r"`torch\.distributed\.\w+` is deprecated",
+)
 
 
 def run(main: Callable[[list[str] | None], int | None]) -> NoReturn:
@@ -19,6 +28,8 @@ def run(main: Callable[[list[str] | None], int | None]) -> NoReturn:
     committed unit by unit. Anything else is a fault of ours and keeps its traceback.
     """
     logging.basicConfig(level=os.environ.get("MEGACM3_LOG", "INFO"), format="%(message)s", stream=sys.stderr)
+    for message in _NOISE:
+        warnings.filterwarnings("ignore", message=message)
     for noisy in ("datasets", "faiss", "httpx", "matplotlib", "PIL", "torch", "megatron"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:

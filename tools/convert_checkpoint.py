@@ -2,7 +2,6 @@
 
 import argparse
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +69,6 @@ def main(arguments: list[str] | None = None) -> int:
         if getattr(given, name, 1) < 1:
             raise ConfigError(f"--{name} {getattr(given, name)}; expected at least 1")
 
-    # The gate runs the trainer's layers, whose library tells of every optional part that is not there.
-    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
     from megacm3.convert import commands
 
     lines: dict[str, Any] = {

@@ -137,7 +137,7 @@ def _fill_dtypes(config: Config, tree: dict[str, Any], name: str) -> None:
             f'and ZeRO stage {stage}; write "auto"'
         )
     if tree.get("communication_data_type", "auto") == "auto":
-        # A sum over hundreds of ranks in bf16 would lose what the fp32 sums keep; DeepSpeed's default is the weights' type.
+        # DeepSpeed's default is the weights' type; summed over hundreds of ranks, bf16 loses what fp32 sums have kept.
         tree["communication_data_type"] = "fp32"
     if bf16 and stage == 1:
         # Else the bf16 gradients stay beside the fp32 sums until the step.
