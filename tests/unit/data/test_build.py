@@ -14,6 +14,7 @@ from megacm3.data.store import Store, StoreShape
 from megacm3.errors import ConfigError, DataError
 from megacm3.resolve import load_config
 from megacm3.tokenizers.vocabulary import Vocabulary
+from tests.helpers.stores import make_neighbours
 
 SHAPE = StoreShape(text_size=300, codebook_size=64, image_tokens=16, image_size=32)
 Segments = Sequence[tuple[int, np.ndarray]]
@@ -209,34 +210,11 @@ def test_caps_on_up_and_downsampling(folder: Path) -> None:
     assert abs((stores == 1).mean() - 3 * 6 / 66) < 0.01
 
 
-def make_neighbours(root: Path, store: Path, count: int) -> Path:
-    """Neighbours of a store of `count` pairs by random vectors: build_memory_bank and find_neighbours for real."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    from megacm3.retrieval.build_bank import BankOptions, build_bank
-    from megacm3.retrieval.find_neighbours import NeighbourOptions, find_neighbours
-
-    rng = np.random.default_rng(0)
-    for name in ("img_emb", "text_emb", "metadata"):
-        (root / "vectors" / name).mkdir(parents=True)
-    for name in ("img_emb", "text_emb"):
-        vectors = rng.normal(size=(count, 16)).astype(np.float32)
-        np.save(root / "vectors" / name / "0.npy", vectors / np.linalg.norm(vectors, axis=1, keepdims=True))
-    pq.write_table(pa.table({"key": [str(i) for i in range(count)]}), root / "vectors" / "metadata" / "0.parquet")
-    build_bank(BankOptions(str(store), f"precomputed:{root / 'vectors'}", str(root / "bank"), workers=1))
-    options = NeighbourOptions(
-        str(root / "bank"), str(root / "neighbours"), keep=8, search=16, text_variants=1, query_dropout=0.0, workers=1
-    )
-    find_neighbours(options)
-    return root / "neighbours"
-
-
 def test_retrieved_documents_stand_before_each_sample(folder: Path, tmp_path: Path) -> None:
     # Captions of their own: documents of one caption are never retrieved for one another.
     rows = (([*p], {"key": str(i), "caption": f"caption {i}", "images": 1}) for i, p in enumerate(pairs(60)))
     write_store(tmp_path / "store", rows, SHAPE, {})
-    neighbours = make_neighbours(tmp_path, tmp_path / "store", 60)
+    neighbours = make_neighbours(tmp_path, tmp_path / "store")
     mixture = f"data.mixture=[{{store: {tmp_path / 'store'}, neighbours: {neighbours}}}]"
     long = "model.sequence_length=160"
     stream = build_stream(config("", mixture, long))

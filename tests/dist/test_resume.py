@@ -1,0 +1,83 @@
+"""A run that stops and resumes in the same layout is bitwise the unbroken one, with everything random switched on."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.distributed import ROOT
+from tests.helpers.runs import curve, differing, finished, lines, train_ranks, write_config
+from tests.helpers.stores import make_neighbours
+
+STEPS, STOP = 20, 7
+LAYOUTS = {
+    "tp2": ("tiny_cm3leon", 1, "parallel.tensor=2"),
+    "tp2-sequence": ("tiny_modern", 1, "parallel.tensor=2", "parallel.sequence=true"),
+    "pp2": ("tiny_modern", 1, "parallel.pipeline=2"),
+    "pp2-tied": ("tiny_cm3leon", 0, "parallel.pipeline=2"),
+    "zero1": ("tiny_cm3leon", 1),
+    "zero2": ("tiny_modern", 2),
+    "zero3": ("tiny_cm3leon", 3),
+}
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Dropout, recomputation, CM3 masks of several spans, documents turned round, none to three retrieved documents."""
+    folder = tmp_path_factory.mktemp("resume")
+    path = write_config(
+        folder,
+        model="{dropout: 0.1, layers: 2, vocab_size: 512, sequence_length: 160}",
+        objective="{kind: cm3, spans: 2.0}",
+        retrieval="{documents: [0.25, 0.25, 0.25, 0.25]}",
+        optimizer="{lr: 3.0e-3, schedule: {warmup: 2}}",
+        train=f"{{steps: {STEPS}, micro_batch: 2, global_batch: 4, dtype: fp32, device: cpu}}",
+        checkpoint="{every: 0, keep: 0}",
+    )
+    store = folder / "store"
+    mixture = f"[{{store: {store}, neighbours: {make_neighbours(folder, store)}}}]"
+    data = f"data: {{mixture: {mixture}, packing: whole, rotation: 0.5, workers: 0}}\n"
+    kept = [line for line in path.read_text().splitlines(keepends=True) if not line.startswith("data:")]
+    path.write_text("".join(kept) + data)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("preset", "zero", "layout"),
+    [
+        pytest.param(*entry[:2], entry[2:], id=name, marks=() if name == "zero1" else pytest.mark.long)
+        for name, entry in LAYOUTS.items()
+    ],
+)
+def test_twenty_steps_with_a_stop_are_bitwise_those_without(
+    preset: str, zero: int, layout: tuple[str, ...], config: Path, tmp_path: Path
+) -> None:
+    words = [f"model.preset={preset}", f"deepspeed={ROOT}/ds_configs/zero{zero}.json", *layout]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    finished(train_ranks(config, whole, *words))
+    finished(train_ranks(config, parts, *words, f"train.stop_at={STOP}"))
+    assert [line["step"] for line in lines(parts)] == list(range(1, STOP + 1))
+    resumed = train_ranks(config, parts, *words, "checkpoint.resume=required")
+    finished(resumed)
+    assert f"step {STOP}," in resumed[0].log
+    assert len(curve(whole)) == STEPS and curve(parts) == curve(whole)
+    # Parameters, fp32 masters and both of Adam's moments.
+    last = f"checkpoints/step_{STEPS:06d}"
+    assert differing(whole / last, parts / last) == []
+    drawn = lines(whole)
+    assert sum(line["data_retrieved"] for line in drawn) > STEPS and sum(line["data_spans"] for line in drawn) > STEPS
+
+
+def test_the_random_parts_are_switched_on(config: Path, tmp_path: Path) -> None:
+    """Without one of them, or with other draws, the second step is another (the first has no dropout: blocks add 0)."""
+    keys = {
+        "as configured": (),
+        "no dropout": ("model.dropout=0",),
+        "no masks": ("objective.kind=causal",),
+        "nothing retrieved": ("retrieval.documents=[1,0,0,0]",),
+        "another seed": ("train.seed=1",),
+    }
+    losses = {}
+    for name, words in keys.items():
+        finished(train_ranks(config, tmp_path / name, "model.preset=tiny_cm3leon", "train.stop_at=2", *words, ranks=1))
+        losses[name] = lines(tmp_path / name)[1]["loss"]
+    assert len(set(losses.values())) == len(keys), losses
