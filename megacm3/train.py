@@ -51,6 +51,7 @@ def check_launch(config: Config, world: int) -> None:
     """All that can be known before any process group exists. Raises ConfigError."""
     from megacm3.parallel.context import check_world
     from megacm3.parallel.deepspeed_json import fill_deepspeed_json
+    from megacm3.training.start import check_init
 
     if not config.train.out:
         raise ConfigError("train.out is empty; give the run's folder, for example train.out=runs/first")
@@ -59,6 +60,7 @@ def check_launch(config: Config, world: int) -> None:
             f"log.wandb = '{config.log.wandb}', but wandb is not installed; pip install wandb, or set log.wandb=''"
         )
     fill_deepspeed_json(config, check_world(config, world))
+    check_init(config)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -72,11 +74,13 @@ def main(argv: list[str] | None = None) -> int:
 
         from megacm3.model.kernels import set_environment
         from megacm3.parallel.cpu import choose_device, prepare
+        from megacm3.parallel.room import check_room
 
         set_environment(config)
         device = choose_device(config.train.device)
         prepare(device)
         check_launch(config, world)
+        check_room(config, world, device)
     return _train(config, device)
 
 

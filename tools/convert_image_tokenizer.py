@@ -18,7 +18,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--output", required=True, metavar="DIR", help="tokenizer folder to make")
     parser.add_argument(
-        "--allow-pickle", action="store_true", help="read a checkpoint that can run code; only if trusted"
+        "--trust-pickle", action="store_true", help="read a checkpoint that can run code; only if trusted"
     )
     given = parser.parse_args(arguments)
 
@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     from megacm3.tokenizers.taming import read_network_config, read_weights, to_vqmodel
 
     config = read_network_config(given.config)
-    network = to_vqmodel(read_weights(given.weights, allow_pickle=given.allow_pickle), config)
+    network = to_vqmodel(read_weights(given.weights, allow_pickle=given.trust_pickle), config)
     inputs = {"weights": sha256_file(given.weights)}
     tokenizer = save_image_tokenizer(network, config.image_size, given.output, inputs=inputs)
     rows, columns = tokenizer.grid

@@ -85,7 +85,7 @@ def read_weights(path: str | Path, *, allow_pickle: bool = False) -> dict[str, T
     except pickle.UnpicklingError as fault:
         raise DataError(
             f"{path} holds more than tensors, so that reading it can run code of its maker; "
-            f"give --allow-pickle if you trust it"
+            f"give --trust-pickle if you trust it"
         ) from fault
     except (RuntimeError, EOFError, OSError) as fault:
         raise DataError(f"{path} is damaged: {str(fault).splitlines()[0]}") from fault

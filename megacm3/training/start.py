@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megacm3.checkpoint.commit import discover
 from megacm3.checkpoint.merged import open_merged
 from megacm3.checkpoint.reader import Weights
 from megacm3.checkpoint.reshard import config_of, find_step
 from megacm3.checkpoint.store import load_weights
 from megacm3.config import Config, ModelConfig
+from megacm3.convert.carried import tokenizers_in
 from megacm3.convert.configs import SIDECAR
 from megacm3.convert.folder import HfFolder
 from megacm3.convert.from_hf import HfWeights
@@ -63,11 +65,7 @@ def open_start(path: str | Path) -> Start:
         ) from fault
     checkpoint = open_merged(step)
     state, config = checkpoint.state, config_of(checkpoint.config, 1, 1)
-    tokenizers = dict(state.get("tokenizers") or {})
-    for role in ROLES:
-        folder = getattr(config.data, role)
-        if role not in tokenizers and folder and (Path(folder) / MANIFEST).is_file():
-            tokenizers[role] = read_manifest(folder, role, error=CheckpointError).fingerprint
+    tokenizers = _fingerprints(tokenizers_in(step)) | (state.get("tokenizers") or {})
     return Start(checkpoint, config.model, state.get("vocabulary"), tokenizers, checkpoint.manifest.fingerprint)
 
 
@@ -76,12 +74,25 @@ def _from_folder(path: Path) -> Start:
     source: dict[str, Any] = {}
     if (path / SIDECAR).is_file():
         source = read_json(path / SIDECAR, error=CheckpointError).get("source") or {}
-    tokenizers = {role: source[role] for role in ROLES if source.get(role)}
-    for role in ROLES:
-        if (path / role / MANIFEST).is_file():
-            tokenizers[role] = read_manifest(path / role, role, error=CheckpointError).fingerprint
+    tokenizers = {role: source[role] for role in ROLES if source.get(role)} | _fingerprints(weights.source.tokenizers)
     vocabulary = weights.vocabulary.get("vocabulary")
     return Start(weights, weights.model, vocabulary, tokenizers, str(source.get("checkpoint", "")))
+
+
+def _fingerprints(folders: dict[str, Path]) -> dict[str, str]:
+    return {role: read_manifest(folder, role, error=CheckpointError).fingerprint for role, folder in folders.items()}
+
+
+def check_init(config: Config) -> None:
+    """Compare the model that checkpoint.init names with the config's, before the latter is built.
+
+    Raises CheckpointError naming the key that differs, or when there are no whole weights. A run that has checkpoints
+    of its own needs no others.
+    """
+    own = config.checkpoint.resume != "never" and discover(Path(config.train.out) / "checkpoints")
+    if config.checkpoint.init and not own:
+        where = f"checkpoint.init = {config.checkpoint.init}"
+        _check_model(open_start(config.checkpoint.init).model, config.model, where)
 
 
 def run_tokenizers(stream: Stream) -> dict[str, str]:

@@ -18,6 +18,7 @@ from megacm3.convert.to_hf import Export, to_hf
 from megacm3.convert.verify import TOLERANCE, compare, random_batch
 from megacm3.errors import CheckpointError, DataError
 from megacm3.tokenizers.text import TextTokenizer
+from megacm3.training.start import open_start
 from tests.helpers.tiny_models import TEXTS
 from tests.unit.convert.conftest import assert_byte_equal, build, import_hf
 
@@ -154,6 +155,8 @@ def test_a_whole_release_in_one_go(tmp_path: Path) -> None:
 
     native = import_hf(release / "models" / "34b", tmp_path / "native", 2, 2, trust_pickle=True)
     assert Checkpoint(native, verify="sha256").state["vocabulary"]["image_tokens"] == 64
+    kept = ImageTokenizer.load(native / "image_tokenizer").fingerprint
+    assert open_start(native).tokenizers == {"image_tokenizer": kept}
     for step in (native, reshard(native, tmp_path / "resharded", 1, 1)):
         folder = to_hf(Export.of(step), tmp_path / f"back-{step.name}")
         model, info = ChameleonForConditionalGeneration.from_pretrained(folder, output_loading_info=True)

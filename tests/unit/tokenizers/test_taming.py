@@ -236,7 +236,7 @@ class Lightning:
 def test_pickled_checkpoints_need_a_word(tmp_path):
     state = {"decoder.conv_in.weight": torch.ones(2)}
     torch.save({"state_dict": state, "callbacks": Lightning()}, tmp_path / "a.ckpt")
-    with pytest.raises(DataError, match="--allow-pickle"):
+    with pytest.raises(DataError, match="--trust-pickle"):
         read_weights(tmp_path / "a.ckpt")
     torch.save({"state_dict": state}, tmp_path / "b.ckpt")
     assert list(read_weights(tmp_path / "b.ckpt")) == list(state)

@@ -14,7 +14,7 @@ from megacm3.data.build import build_stream
 from megacm3.errors import CheckpointError
 from megacm3.resolve import load_config
 from megacm3.tokenizers.vocabulary import Vocabulary
-from megacm3.training.start import Start, check_fits, open_start
+from megacm3.training.start import Start, check_fits, check_init, open_start
 from tests.helpers import tiny_models
 from tests.helpers.checkpoints import tiny, write_random
 from tests.helpers.stores import make_store
@@ -122,12 +122,19 @@ def test_what_is_no_start_is_refused(tmp_path: Path) -> None:
         open_start(tmp_path / "hf")
 
 
-def test_a_step_tells_its_tokenizers_by_the_folders_that_its_config_names(tmp_path: Path) -> None:
-    """Checkpoints of runs before fingerprints were kept with them."""
-    tiny_models.save_tokenizers(tmp_path, 320)
+def test_another_model_is_refused_before_it_is_built(tmp_path: Path) -> None:
     config = tiny("tiny_cm3leon")
-    data = dataclasses.replace(config.data, text_tokenizer=str(tmp_path / "text_tokenizer"), image_tokenizer="gone")
-    write_random(dataclasses.replace(config, data=data), tmp_path / "step")
-    found = open_start(tmp_path / "step").tokenizers
-    manifest = json.loads((tmp_path / "text_tokenizer/manifest.json").read_text())
-    assert found == {"text_tokenizer": manifest["fingerprint"]}
+    write_random(config, tmp_path / "base")
+    wider = dataclasses.replace(config.model, hidden_size=2 * config.model.hidden_size)
+    checkpoint = dataclasses.replace(config.checkpoint, init=str(tmp_path / "base"))
+    train = dataclasses.replace(config.train, out=str(tmp_path / "run"))
+    fitting = dataclasses.replace(config, checkpoint=checkpoint, train=train)
+    other = dataclasses.replace(fitting, model=wider)
+    check_init(fitting)
+    with pytest.raises(CheckpointError, match=f"set model.hidden_size={config.model.hidden_size}"):
+        check_init(other)
+    # A run that goes on needs no other's weights; they may be gone.
+    write_random(config, tmp_path / "run/checkpoints/step_000003")
+    check_init(other)
+    with pytest.raises(CheckpointError, match="hidden_size"):
+        check_init(dataclasses.replace(other, checkpoint=dataclasses.replace(checkpoint, resume="never")))
