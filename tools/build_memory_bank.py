@@ -43,7 +43,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Parse, run or continue the job, say what was made."""
     given = _parser().parse_args(arguments)
 
-    from megacm3.retrieval.build_bank import BankOptions, build_bank
+    from megacm3.retrieval.build_bank import build_bank
+    from megacm3.retrieval.options import BankOptions
 
     report = build_bank(
         BankOptions(

@@ -40,7 +40,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Parse, run or continue the job, say what was made."""
     given = _parser().parse_args(arguments)
 
-    from megacm3.retrieval.find_neighbours import NeighbourOptions, find_neighbours
+    from megacm3.retrieval.find_neighbours import find_neighbours
+    from megacm3.retrieval.options import NeighbourOptions
 
     given.output = given.output.rstrip("/")
     names = NeighbourOptions.__dataclass_fields__

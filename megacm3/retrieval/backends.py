@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from megacm3.errors import ConfigError, DataError
-from megacm3.retrieval.index import FaissShards, VectorIndex
+from megacm3.retrieval.index import VectorIndex
+from megacm3.retrieval.shards import FaissShards
 
 FAISS = "faiss"
 OTHERS = {"annoy": "annoy_index", "milvus": "milvus_index", "pinecone": "pinecone_index"}

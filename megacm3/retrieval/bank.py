@@ -80,6 +80,11 @@ class Embeddings:
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_maps": {}}
 
+    @property
+    def dim(self) -> int:
+        """Width of the vectors, of which there must be some."""
+        return int(self.take("image", np.zeros(1, np.int64)).shape[1])
+
     def take(self, kind: str, rows: np.ndarray) -> np.ndarray:
         """float32 [len(rows), d] of "image" or "text" vectors. Raises DataError for a part of another shape."""
         rows = np.asarray(rows, np.int64)

@@ -29,8 +29,11 @@ from megacm3.retrieval import index as indexes
 from megacm3.retrieval.backends import FAISS
 from megacm3.retrieval.bank import Embeddings, MemoryBank
 from megacm3.retrieval.benchmark_data import BenchmarkData, make_vectors, parts_of, write_bank
-from megacm3.retrieval.build_bank import BankOptions, exact_search, make_shards, measure_recall, overlap
-from megacm3.retrieval.units import FOLDER
+from megacm3.retrieval.build_index import make_shards
+from megacm3.retrieval.jobs import FOLDER
+from megacm3.retrieval.options import BankOptions
+from megacm3.retrieval.recall import exact_search, measure_recall, overlap
+from megacm3.retrieval.shards import FaissShards
 
 logger = logging.getLogger(__name__)
 
@@ -139,7 +142,6 @@ def _build_bare(work: Path, data: BenchmarkData, index: str) -> dict[str, Any]:
     made = faiss.index_factory(data.dim, index, faiss.METRIC_INNER_PRODUCT)
     listed = faiss.try_extract_index_ivf(made)
     if listed is not None:
-        listed.by_residual = False
         rng = np.random.default_rng(seed_from(data.seed, "index training"))
         wanted = indexes.training_rows(data.documents, made)
         made.train(ready[np.sort(rng.choice(data.documents, wanted, replace=False))].astype(np.float32))
@@ -162,9 +164,7 @@ def _tune(work: Path, data: BenchmarkData, index: str) -> dict[str, Any]:
     paths = sorted((folder / "index").glob("shard-*.faiss"))
     measured: dict[str, Any] = {"nprobe": 0}
     if (folder / "index" / "trained.faiss").is_file():
-        measured = measure_recall(
-            indexes.FaissShards(paths), _embeddings(work, data), np.arange(data.documents), _options(data, index)
-        )
+        measured = measure_recall(FaissShards(paths), _embeddings(work, data), np.arange(data.documents), 0, data.seed)
     settings = {"backend": FAISS, "index": index, "shards": len(paths), "nprobe": measured["nprobe"], "recall": {}}
     write_bank(folder, data, settings | {"index_files": [path.name for path in paths]})
     return measured
@@ -175,7 +175,7 @@ def _search(work: Path, data: BenchmarkData, index: str) -> dict[str, Any]:
     bank = MemoryBank.open(work / FOLDER)
     bare = faiss.read_index(str(work / "bare.faiss"), faiss.IO_FLAG_MMAP_IFC)
     index_of_bank = bank.index
-    assert isinstance(index_of_bank, indexes.FaissShards)
+    assert isinstance(index_of_bank, FaissShards)
     listed = faiss.try_extract_index_ivf(bare)
     if listed is not None:
         listed.nprobe = index_of_bank.nprobe

@@ -18,10 +18,10 @@ from megacm3.files import new_file, write_manifest
 from megacm3.retrieval.bank import KIND, part_file
 from megacm3.retrieval.contrastive import jitter
 from megacm3.retrieval.encoder import Encoder, document_vectors
-from megacm3.retrieval.find_neighbours import drop_tokens
+from megacm3.retrieval.jobs import FOLDER
+from megacm3.retrieval.neighbour_search import drop_tokens
 from megacm3.retrieval.new_encoder import EncoderTraining
 from megacm3.retrieval.train_encoder import Pairs, read_pairs, train_encoder
-from megacm3.retrieval.units import FOLDER
 
 HELD_OUT = 5
 """One pair in so many is held out."""

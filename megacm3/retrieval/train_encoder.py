@@ -20,8 +20,8 @@ from megacm3.errors import ConfigError, DataError
 from megacm3.files import new_folder, read_json, write_json, write_manifest
 from megacm3.retrieval.contrastive import fit
 from megacm3.retrieval.encoder import KIND, Encoder, document_vectors, encoder_files, encoder_fingerprint
+from megacm3.retrieval.jobs import Job
 from megacm3.retrieval.new_encoder import EncoderTraining, new_encoder
-from megacm3.retrieval.units import Job
 
 if TYPE_CHECKING:
     from megacm3.data.sources import Sample

@@ -13,9 +13,10 @@ from megacm3.files import MANIFEST, read_json, read_manifest
 from megacm3.retrieval.bank import KIND as BANK_KIND
 from megacm3.retrieval.bank import MemoryBank, caption_hash, part_file
 from megacm3.retrieval.encoder import KIND as ENCODER_KIND
-from megacm3.retrieval.find_neighbours import NeighbourOptions, plan
-from megacm3.retrieval.index import FaissShards
+from megacm3.retrieval.neighbour_blocks import plan
 from megacm3.retrieval.neighbours import IMAGE, TEXT, NeighbourTable, part_path
+from megacm3.retrieval.options import NeighbourOptions
+from megacm3.retrieval.shards import FaissShards
 from megacm3.retrieval.units import one_thread
 
 _PROBES = 1000

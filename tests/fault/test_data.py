@@ -18,7 +18,8 @@ from megacm3.errors import DataError
 from megacm3.files import read_manifest, write_manifest
 from megacm3.retrieval.bank import MemoryBank
 from megacm3.retrieval.build_bank import build_bank
-from megacm3.retrieval.index import new_index, write_shard
+from megacm3.retrieval.index import new_index
+from megacm3.retrieval.shards import write_shard
 from megacm3.retrieval.train_encoder import EncoderOptions, make_encoder
 from tests.helpers.distributed import RankError, run_distributed
 from tests.helpers.runs import tool, train_ranks, write_config

@@ -38,8 +38,9 @@ def make_neighbours(root: Path, store: Path) -> Path:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from megacm3.retrieval.build_bank import BankOptions, build_bank
-    from megacm3.retrieval.find_neighbours import NeighbourOptions, find_neighbours
+    from megacm3.retrieval.build_bank import build_bank
+    from megacm3.retrieval.find_neighbours import find_neighbours
+    from megacm3.retrieval.options import BankOptions, NeighbourOptions
 
     rng = np.random.default_rng(0)
     keys = Store.open(store).metadata(["key"])["key"].to_pylist()

@@ -14,9 +14,10 @@ from megacm3.evaluation import retrieval_gain
 from megacm3.evaluation.page import render
 from megacm3.evaluation.retrieval_gain import MOST, WAYS, HeldOut, gain
 from megacm3.retrieval.bank import MemoryBank
-from megacm3.retrieval.build_bank import BankOptions, build_bank
-from megacm3.retrieval.find_neighbours import NeighbourOptions, find_neighbours
+from megacm3.retrieval.build_bank import build_bank
+from megacm3.retrieval.find_neighbours import find_neighbours
 from megacm3.retrieval.neighbours import NeighbourTable
+from megacm3.retrieval.options import BankOptions, NeighbourOptions
 from tests.helpers.tiny_models import CODEBOOK, GRID, PIXELS
 
 TRAINING, HELD = 40, 10

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from megacm3.retrieval.build_bank import BankOptions, build_bank
-from megacm3.retrieval.find_neighbours import NeighbourOptions, find_neighbours
+from megacm3.retrieval.build_bank import build_bank
+from megacm3.retrieval.find_neighbours import find_neighbours
+from megacm3.retrieval.options import BankOptions, NeighbourOptions
 from megacm3.retrieval.train_encoder import EncoderOptions, make_encoder
 from tests.unit.retrieval.makers import TINY, make_store, write_input
 

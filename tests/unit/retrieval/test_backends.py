@@ -10,7 +10,8 @@ from megacm3.errors import ConfigError, DataError
 from megacm3.retrieval import backends
 from megacm3.retrieval.bank import MemoryBank
 from megacm3.retrieval.build_bank import build_bank
-from megacm3.retrieval.find_neighbours import NeighbourOptions, find_neighbours
+from megacm3.retrieval.find_neighbours import find_neighbours
+from megacm3.retrieval.options import NeighbourOptions
 from megacm3.retrieval.verify import verify_bank
 from tests.unit.retrieval.conftest import flip
 from tests.unit.retrieval.makers import DIM

@@ -15,9 +15,11 @@ from megacm3.retrieval.bank import Embeddings, MemoryBank, caption_hash
 from megacm3.retrieval.build_bank import build_bank
 from megacm3.retrieval.embed import EmbedParts
 from megacm3.retrieval.encoder import Encoder, document_vectors
-from megacm3.retrieval.index import new_index, write_shard
+from megacm3.retrieval.index import new_index
+from megacm3.retrieval.jobs import Job
+from megacm3.retrieval.shards import write_shard
 from megacm3.retrieval.train_encoder import EncoderOptions, make_encoder
-from megacm3.retrieval.units import Job, run_unit
+from megacm3.retrieval.units import run_unit
 from megacm3.retrieval.verify import verify_bank
 from tests.unit.data.makers import pairs, write_tar
 from tests.unit.retrieval.conftest import flip, same_bytes

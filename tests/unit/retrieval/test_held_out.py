@@ -10,9 +10,11 @@ from PIL import Image
 
 from megacm3.errors import DataError
 from megacm3.retrieval.bank import MemoryBank
-from megacm3.retrieval.build_bank import BankOptions, build_bank
-from megacm3.retrieval.find_neighbours import find_neighbours, held_out_copies
+from megacm3.retrieval.build_bank import build_bank
+from megacm3.retrieval.copies import held_out_copies
+from megacm3.retrieval.find_neighbours import find_neighbours
 from megacm3.retrieval.neighbours import NeighbourTable
+from megacm3.retrieval.options import BankOptions
 from megacm3.retrieval.sampler import RetrievalSampler, open_sampler
 from megacm3.retrieval.train_encoder import EncoderOptions, make_encoder
 from megacm3.retrieval.verify import verify_neighbours

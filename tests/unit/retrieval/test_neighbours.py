@@ -10,11 +10,15 @@ import pytest
 from megacm3.errors import ConfigError, DataError
 from megacm3.files import read_manifest, write_manifest
 from megacm3.retrieval.bank import MemoryBank
+from megacm3.retrieval.copies import join_clusters
 from megacm3.retrieval.encoder import Encoder
-from megacm3.retrieval.find_neighbours import drop_tokens, find_neighbours, join_clusters, plan
+from megacm3.retrieval.find_neighbours import find_neighbours
+from megacm3.retrieval.jobs import Job
+from megacm3.retrieval.neighbour_blocks import plan
+from megacm3.retrieval.neighbour_search import drop_tokens
 from megacm3.retrieval.neighbours import NeighbourTable, alike_dtype, masks, scores_up
 from megacm3.retrieval.train_encoder import EncoderOptions, make_encoder
-from megacm3.retrieval.units import Job, run_unit
+from megacm3.retrieval.units import run_unit
 from megacm3.retrieval.verify import verify_bank, verify_neighbours
 from tests.unit.retrieval.conftest import flip, same_bytes
 from tests.unit.retrieval.makers import DOCUMENTS, TINY

@@ -9,8 +9,9 @@ from megacm3.errors import ConfigError, DataError
 from megacm3.retrieval.bank import MemoryBank
 from megacm3.retrieval.build_bank import build_bank
 from megacm3.retrieval.encoder import Encoder
-from megacm3.retrieval.find_neighbours import NeighbourOptions, find_neighbours
+from megacm3.retrieval.find_neighbours import find_neighbours
 from megacm3.retrieval.neighbours import NeighbourTable
+from megacm3.retrieval.options import NeighbourOptions
 
 
 def write_vectors(folder, rows, image, text, files=2):

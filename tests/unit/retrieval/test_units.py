@@ -13,9 +13,9 @@ import pytest
 from megacm3.data.executors import ExecutorOptions
 from megacm3.errors import ConfigError, DataError
 from megacm3.files import new_file, read_manifest
-from megacm3.retrieval.build_bank import BankOptions
-from megacm3.retrieval.find_neighbours import NeighbourOptions
-from megacm3.retrieval.units import Job, run_unit, run_units, unit_done
+from megacm3.retrieval.jobs import Job
+from megacm3.retrieval.options import BankOptions, NeighbourOptions
+from megacm3.retrieval.units import run_unit, run_units, unit_done
 from tests.unit.retrieval.conftest import same_bytes
 
 ROOT = Path(__file__).resolve().parents[3]
