@@ -2,6 +2,7 @@
 
 convert     export and import at a model's real size, beside plain copies of its bytes
 pretokenize pictures to codes on all cores, beside the bare decoding and encoding of a picture
+loader      packed sequences a second, from 100M documents
 checkpoint  a background save of 2.1 GB, beside dd
 retrieval   recall, speed and memory of a memory bank, beside bare FAISS with the same index
 train       a step of the trainer, beside loops over transformers' class and megatron-core's layers
@@ -28,7 +29,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--pipeline", type=int, default=2, metavar="P", help="default %(default)s")
     _add_work(add)
     add = _command(commands, "pretokenize", _pretokenize, "512-pixel JPEGs through a 64-pixel encoder")
-    add("--pictures", type=int, default=4000, help="default %(default)s")
+    add("--pictures", type=int, default=8000, help="default %(default)s")
+    add("--rounds", type=int, default=3, help="default %(default)s")
+    _add_work(add)
+    add = _command(
+        commands, "loader", _loader, "a store of 100M documents; packing, CM3, three retrieved documents each"
+    )
+    add("--rounds", type=int, default=3, help="default %(default)s")
     _add_work(add)
     add = _command(commands, "checkpoint", _checkpoint, "background saves in turns with dd conv=fsync")
     add("--rounds", type=int, default=7, help="default %(default)s")
@@ -121,14 +128,31 @@ def _retrieval(given: argparse.Namespace) -> int:
 def _pretokenize(given: argparse.Namespace) -> int:
     from megacm3.data.benchmark import benchmark_pretokenize
 
-    timing = benchmark_pretokenize(_new_folder(given.work), given.pictures)
-    print(f"one thread: decoding {timing.decode * 1e3:.2f} ms, encoding {timing.encode * 1e3:.2f} ms a picture")
-    print(f"{timing.cores} cores could give {timing.ceiling:.0f} pictures/s; the job gave {timing.rate:.0f}/s")
-    print(f"bare decoding and encoding on all of them at once: {timing.together:.0f}/s")
-    print(
-        f"pretokenize: {100 * timing.rate / timing.ceiling:.0f} % of what the cores could give, "
-        f"{100 * timing.rate / timing.together:.0f} % of what they give to the bare parts"
-    )
+    timing = benchmark_pretokenize(_new_folder(given.work), given.pictures, given.rounds)
+    for one in timing.rounds:
+        print(
+            f"one thread: decoding {one.decode * 1e3:.2f} ms, encoding {one.encode * 1e3:.2f} ms a picture; "
+            f"{timing.cores} cores could give {timing.ceiling(one):.0f}/s; "
+            f"a job of {timing.pictures} pictures gave {one.rate:.0f}/s, {100 * one.rate / timing.ceiling(one):.0f} %"
+        )
+    print(f"bare decoding and encoding on all cores at once: {timing.together:.0f}/s")
+    print(f"pretokenize: {100 * timing.share:.0f} % of what the cores could give (median)")
+    return 0
+
+
+def _loader(given: argparse.Namespace) -> int:
+    import shutil
+
+    from megacm3.data.loader_benchmark import benchmark_loader
+
+    work = _new_folder(given.work)
+    try:
+        timing = benchmark_loader(work, given.rounds)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    print(f"100M documents: first sequence after {timing.seconds:.2f} s, {timing.megabytes:.0f} MB of anonymous memory")
+    for (packing, name), rate in timing.rates.items():
+        print(f"packing {packing}, documents {name}: {rate / 1e6:.1f}M tokens/s")
     return 0
 
 

@@ -20,28 +20,40 @@ _SIDE = 512
 
 
 @dataclass(frozen=True)
-class PretokenizeTiming:
-    """What was measured."""
+class PretokenizeRound:
+    """Bare parts and a job, one after the other."""
 
-    pictures: int
     decode: float
     """Seconds to open, decode and resize a picture, one thread."""
     encode: float
     """Seconds to encode a picture in batches of 32, one thread."""
+    rate: float
+    """Pictures a second of the whole job: plan, workers, units and store."""
+
+
+@dataclass(frozen=True)
+class PretokenizeTiming:
+    """What was measured."""
+
+    pictures: int
+    """Of each job."""
     cores: int
+    rounds: list[PretokenizeRound]
     together: float
     """Pictures a second of bare decoding and encoding in a process on every core at once, nothing else."""
-    rate: float
-    """Pictures a second of the whole job, after the libraries are imported."""
+
+    def ceiling(self, one: PretokenizeRound) -> float:
+        """Pictures a second that the cores could give: cores / (decode + encode)."""
+        return self.cores / (one.decode + one.encode)
 
     @property
-    def ceiling(self) -> float:
-        """Pictures a second that the cores could give: cores / (decode + encode)."""
-        return self.cores / (self.decode + self.encode)
+    def share(self) -> float:
+        """The job's rate over the ceiling, median of the rounds."""
+        return statistics.median(one.rate / self.ceiling(one) for one in self.rounds)
 
 
-def benchmark_pretokenize(work: Path, pictures: int = 4000, shards: int = 8) -> PretokenizeTiming:
-    """Pretokenize random 512-pixel JPEGs with a 64-pixel encoder of 0.3M parameters, beside its bare parts.
+def benchmark_pretokenize(work: Path, pictures: int = 8000, rounds: int = 3, shards: int = 8) -> PretokenizeTiming:
+    """Pretokenize random 512-pixel JPEGs with a 64-pixel encoder of 0.3M parameters, in turns with its bare parts.
 
     Files go below `work`, which is removed afterwards.
     """
@@ -57,30 +69,42 @@ def benchmark_pretokenize(work: Path, pictures: int = 4000, shards: int = 8) -> 
             _write_shard(work / "in" / f"{shard:05d}.tar", range(shard, pictures, shards), sample)
         for core in range(cores):
             _write_shard(work / "warm" / f"{core}.tar", range(core, 2 * cores, cores), sample)
-        decode, encode = _bare(sample, work / "image")
-        together = _bare_together(sample, work / "image", cores)
-        text, image = str(work / "text"), str(work / "image")
-        where = ExecutorOptions(workers=cores)
-        # The first job starts the server that workers are forked from, with its imports (one worker would need none).
-        for name in ("warm", "in"):
+
+        def job(name: str) -> float:
+            inputs, text, image, output = (str(work / part) for part in (name, "text", "image", "store"))
             began = time.perf_counter()
-            pretokenize(PretokenizeOptions((str(work / name),), text, image, str(work / f"{name}-store"), where=where))
+            pretokenize(PretokenizeOptions((inputs,), text, image, output, where=ExecutorOptions(workers=cores)))
             seconds = time.perf_counter() - began
+            shutil.rmtree(output)
+            return seconds
+
+        # The first job starts the server that workers are forked from, with its imports (one worker would need none).
+        job("warm")
+        together = _bare_together(sample, work / "image", cores)
+        measured = []
+        for _ in range(rounds):
+            bare = _bare(sample, work / "image")
+            measured.append(PretokenizeRound(*bare, pictures / job("in")))
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    return PretokenizeTiming(pictures, decode, encode, cores, together, pictures / seconds)
+    return PretokenizeTiming(pictures, cores, measured, together)
 
 
-_PASSES = 5
+_PASSES = 3
 
 
 def _bare(sample: list[bytes], tokenizer: Path, start: Any = None) -> tuple[float, float]:
-    """Seconds a picture to decode, and to encode, in one thread: medians of some passes over `sample`."""
+    """Seconds a picture to decode, and to encode, in one thread: medians of some passes over `sample`.
+
+    With the memory settings of a worker, which speed the encoder up.
+    """
     import torch
 
+    from megacm3.data.executors import keep_freed_memory
     from megacm3.data.images import open_image, prepare_image
     from megacm3.tokenizers.image import ImageTokenizer
 
+    keep_freed_memory()
     torch.set_num_threads(1)
     network = ImageTokenizer.load(tokenizer)
     network.encode(np.zeros((32, 64, 64, 3), np.uint8))

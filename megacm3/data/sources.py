@@ -118,7 +118,9 @@ def clean_text(raw: str | bytes) -> str:
     if "\0" in text:
         raise Reject("nul_in_text", repr(text[:80]))
     text = unicodedata.normalize("NFC", text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n"))
-    text = "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc").strip()
+    if not text.isprintable():
+        text = "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
+    text = text.strip()
     if not text:
         raise Reject("empty_text")
     return text

@@ -1,8 +1,9 @@
 """Webdataset tars, as img2dataset writes them: `KEY.jpg` (or .png, .webp ...), `KEY.txt` and `KEY.json` side by side.
 
-webdataset reads the members. Its silences are closed by a walk over the headers before: it says nothing when a tar was
-cut at a member's border, gives half samples when the members of a key are not side by side, and delivers the first of
-two files of one name.
+webdataset splits the names and groups the members. Its silences are closed by a walk over the headers before: it says
+nothing when a tar was cut at a member's border, gives half samples when the members of a key are not side by side, and
+delivers the first of two files of one name. The walk notes where each member's data lies, so that headers are parsed
+once and data is read in whole members, not through the stream reader's small blocks.
 """
 
 import os
@@ -29,6 +30,8 @@ class _Walk:
     """Key -> position of its first member among the keys."""
     bad: dict[str, tuple[str, str]] = field(default_factory=dict)
     """Key -> (reason, detail), for keys that cannot be trusted."""
+    members: list[tuple[str, str, str, int, int]] = field(default_factory=list)
+    """(name, key, suffix, first byte, bytes) of each file of a sample, in the order of the tar."""
     damage: str = ""
     """Why the tar is not whole; empty when it is."""
 
@@ -63,7 +66,10 @@ def walk(path: str) -> _Walk:
                 if suffix.lower() in seen:
                     found.bad[key] = ("duplicate_name", f"{member.name} occurs twice")
                 found.rows.setdefault(key, len(found.rows))
+                if member.sparse is not None:
+                    found.bad[key] = ("not_a_sample", f"{member.name} is stored with holes (tar --sparse)")
                 seen.add(suffix.lower())
+                found.members.append((member.name, key, suffix.lower(), member.offset_data, member.size))
                 last = key
                 tar.members = []  # type: ignore[attr-defined]
             found.damage = _missing_end(tar)
@@ -128,23 +134,24 @@ def read_webdataset(shard: Shard, options: ReadOptions) -> Iterator[Sample | Rej
 
 
 def _members(path: str, found: _Walk, options: ReadOptions) -> Iterator[dict[str, Any]]:
-    from webdataset.tariterators import group_by_keys, tar_file_expander
+    from webdataset.tariterators import group_by_keys
 
-    def wanted(name: str) -> bool:
-        key, suffix = _split(name)
-        if key is None or suffix is None or key in found.bad or key not in found.rows:
-            return False
-        return options.pictures or suffix.lower() not in IMAGE_SUFFIXES
+    return group_by_keys(_files(path, found, options))
 
-    def stop_at_damage(fault: Exception) -> bool:
-        if found.damage and isinstance(fault, (tarfile.TarError, EOFError, OSError)):
-            return False
-        raise fault
 
-    with open(path, "rb") as stream:
-        source = [{"url": os.path.basename(path), "stream": stream}]
-        files = tar_file_expander(source, handler=stop_at_damage, select_files=wanted)
-        yield from group_by_keys(files, handler=stop_at_damage)
+def _files(path: str, found: _Walk, options: ReadOptions) -> Iterator[dict[str, Any]]:
+    # What webdataset's reader gives: name and data of each wanted member, then an end mark.
+    with tarfile.open(path, "r:*") as tar:
+        assert tar.fileobj is not None
+        for name, key, suffix, start, size in found.members:
+            if key in found.bad or (suffix in IMAGE_SUFFIXES and not options.pictures):
+                continue
+            tar.fileobj.seek(start)
+            data = tar.fileobj.read(size)
+            if len(data) != size:
+                raise DataError(f"{path} became shorter while it was read: {name} has {len(data)} of {size} bytes")
+            yield {"fname": name, "data": data, "__url__": os.path.basename(path)}
+    yield {}
 
 
 def _parts(raw: dict[str, Any], options: ReadOptions) -> tuple[str | bytes, ...]:

@@ -8,6 +8,7 @@ so that the bytes written depend on neither the number of workers nor their spee
 import contextlib
 import errno
 import hashlib
+import itertools
 import os
 import shutil
 import tempfile
@@ -33,6 +34,8 @@ from megacm3.tokenizers.text import TextTokenizer
 
 _BATCHES_AHEAD = 2
 """Batches that wait for the encoder, so that it always has the next one."""
+_AT_ONCE = 4
+"""Samples that a decoding thread takes at once: handing over each alone costs as much as hashing it."""
 
 
 @dataclass(frozen=True)
@@ -151,19 +154,18 @@ class UnitRunner:
         return writer.finish()
 
     def _prepared(self, shard: Shard, pool: ThreadPoolExecutor) -> Iterator[Prepared | Rejected]:
-        waiting: deque[Future[Prepared | Rejected] | Rejected] = deque()
-        settings = self._settings
+        waiting: deque[Future[list[Prepared | Rejected]]] = deque()
+        settings, size = self._settings, self._image.image_size
         options = ReadOptions(settings.allow_partial, text_filters=tuple(settings.text_filters), sft=settings.sft)
-        for item in _guarded(shard, options):
-            if isinstance(item, Sample):
-                self.bytes += sum(len(part) for part in item.parts)
-                waiting.append(pool.submit(prepare, item, self._image.image_size, settings))
-            else:
-                waiting.append(item)
-            if len(waiting) > 2 * settings.batch:
-                yield _result(waiting.popleft())
+        # Enough ahead for every thread, and for two batches of the encoder.
+        most = max(2 * settings.batch // _AT_ONCE, 2 * self._threads)
+        for items in _grouped(_guarded(shard, options), _AT_ONCE):
+            self.bytes += sum(len(part) for item in items if isinstance(item, Sample) for part in item.parts)
+            waiting.append(pool.submit(_prepare_all, items, size, settings))
+            if len(waiting) > most:
+                yield from waiting.popleft().result()
         while waiting:
-            yield _result(waiting.popleft())
+            yield from waiting.popleft().result()
 
     def _batches(self, items: Iterator[Prepared | Rejected]) -> Iterator[list[Prepared | Rejected]]:
         batch: list[Prepared | Rejected] = []
@@ -221,8 +223,13 @@ def _guarded(shard: Shard, options: ReadOptions) -> Iterator[Sample | Rejected]:
         raise ShardFault(str(fault)) from fault
 
 
-def _result(item: "Future[Prepared | Rejected] | Rejected") -> Prepared | Rejected:
-    return item if isinstance(item, Rejected) else item.result()
+def _grouped(items: Iterator[Sample | Rejected], size: int) -> Iterator[list[Sample | Rejected]]:
+    while group := list(itertools.islice(items, size)):
+        yield group
+
+
+def _prepare_all(items: list[Sample | Rejected], size: int, settings: UnitSettings) -> list[Prepared | Rejected]:
+    return [prepare(item, size, settings) if isinstance(item, Sample) else item for item in items]
 
 
 def _one_thread() -> None:
