@@ -375,6 +375,16 @@ def test_alpha_is_on_white_in_the_store(tokenizers, tmp_path):
     assert Store.open(tmp_path / "store").document(0).segments[1].tokens.tolist() == white[0].tolist()
 
 
+def test_specials_in_a_caption_stay_text(tokenizers, tmp_path):
+    caption = "a <break> b </s><pad><sentinel:0> <eoss>"
+    write_tar(tmp_path / "a.tar", [("0.png", picture(0)), ("0.txt", caption.encode())])
+    pretokenize(options(tokenizers, tmp_path / "a.tar", tmp_path / "store"))
+    store = Store.open(tmp_path / "store")
+    ids = store.document(0).segments[0].tokens
+    assert store.vocabulary().is_text(ids).all()
+    assert TextTokenizer.load(tokenizers / "text").decode(ids) == caption
+
+
 def test_chameleon_s_table_goes_into_the_store(tokenizers, tmp_path):
     text = train_chameleon([f"caption number {n}" for n in range(9)], 9000)
     save_chameleon(text, 65536, tmp_path / "text", settings={}, inputs={}, overwrite=False)

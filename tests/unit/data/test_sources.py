@@ -2,7 +2,9 @@
 
 import gzip
 import json
+import os
 import shutil
+import subprocess
 import tarfile
 from pathlib import Path
 
@@ -129,6 +131,28 @@ def test_links_and_nameless_members_are_rejected(tmp_path):
         tar.addfile(tarfile.TarInfo("README"))
     samples, rejects = read(path)
     assert not samples and [r.reason for r in rejects] == ["not_a_sample", "not_a_sample"]
+
+
+def test_a_member_with_holes_is_rejected_not_misread(tmp_path):
+    # GNU's sparse members hold a map of their data, which is not where the header says.
+    for number in range(2):
+        (tmp_path / f"{number}.txt").write_text("caption")
+        (tmp_path / f"{number}.png").write_bytes(picture(number))
+    os.truncate(tmp_path / "0.png", 1 << 20)
+    names = ["0.png", "0.txt", "1.png", "1.txt"]
+    subprocess.run(["tar", "--sparse", "-cf", "a.tar", *names], cwd=tmp_path, check=True)
+    samples, rejects = read(tmp_path / "a.tar")
+    assert [s.parts for s in samples] == [("caption", picture(1))]
+    assert [(r.key, r.reason) for r in rejects] == [("0", "not_a_sample")] and "holes" in rejects[0].detail
+
+
+def test_a_tar_that_shrinks_while_it_is_read(tmp_path):
+    path = write_tar(tmp_path / "a.tar", pairs(0, 40))
+    items = read_shard(find_shards(str(path))[0])
+    next(items)
+    os.truncate(path, path.stat().st_size // 2)
+    with pytest.raises(DataError, match="became shorter"):
+        list(items)
 
 
 def test_not_a_tar(tmp_path):
