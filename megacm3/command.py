@@ -38,7 +38,8 @@ def run(main: Callable[[list[str] | None], int | None]) -> NoReturn:
         print("stopped: what was finished is kept; run the same command again to continue", file=sys.stderr)
         code = Stopped.exit_code
     except Megacm3Error as error:
-        print(f"error: {error}", file=sys.stderr)
+        if not error.silent:
+            print(f"error: {error}", file=sys.stderr)
         code = error.exit_code
     except BrokenPipeError:
         sys.stderr.close()

@@ -220,6 +220,8 @@ class CheckpointConfig:
     """Save from copies while the training goes on; a rank keeps host memory of the size of its share for it."""
     on_failure: str = "stop"
     """stop | continue: what a save that fails (no space, no right to write) does to the run; the last step's stops."""
+    override: list[str] = field(default_factory=list)
+    """Keys of learning rate, schedule or data weights that may differ from the checkpoint's: [optimizer.lr]."""
     resume: str = "auto"
     """required | auto | never. auto continues from the newest valid step, and says so when there is none."""
     init: str = ""
@@ -236,6 +238,36 @@ class EvaluationConfig:
     """Steps between measurements; also after the last step."""
     documents: int = 256
     """The store's first so many."""
+
+
+@dataclass
+class GuardsConfig:
+    """What is done about a step whose numbers go wrong; a refused step changes no parameter on any rank."""
+
+    nonfinite: str = "skip"
+    """skip | stop | rollback (to the last checkpoint, then without the batch): a loss or gradient is not finite."""
+    spike: float = 20.0
+    """A step is refused when its loss lies this many robust deviations (median, MAD) above the last ones. 0 = never."""
+    window: int = 100
+    """Steps that the median, and the count of refused steps, look back over."""
+    limit: int = 5
+    """Refused steps in a window that a run survives; one more ends it with exit code 5."""
+    output_norm: float = 2.0
+    """Warn when the output norm grows to so many times its lowest median of a window after the warm-up. 0 = never."""
+    skip_steps: list[list[int]] = field(default_factory=list)
+    """Ranges [first, end) of steps (1 = the first) whose batch is read but not trained on."""
+    skip_sequences: list[list[int]] = field(default_factory=list)
+    """Ranges [first, end) of sequences of the stream that no step reads."""
+
+
+@dataclass
+class WatchdogConfig:
+    """When a slow rank is named, and when it ends the job."""
+
+    warn: float = 120.0
+    """Seconds in one phase of a step, while others wait, before a warning names rank and phase. 0 = never."""
+    timeout: float = 1800.0
+    """Seconds in one phase, or of silence, before all ranks write their stacks and leave with code 6. 0 = never."""
 
 
 @dataclass
@@ -266,6 +298,8 @@ class Config:
     lora: LoraConfig = field(default_factory=LoraConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    guards: GuardsConfig = field(default_factory=GuardsConfig)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
 
@@ -289,6 +323,7 @@ CHOICES = {
     "train.device": ("auto", "cpu", "cuda"),
     "train.parameters": ("all", "image_rows", "norms", "lora"),
     "checkpoint.resume": ("required", "auto", "never"),
+    "guards.nonfinite": ("skip", "stop", "rollback"),
     "checkpoint.on_failure": ("stop", "continue"),
 }
 

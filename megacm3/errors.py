@@ -8,6 +8,8 @@ class Megacm3Error(Exception):
     """Base of every error that ends a command with one line and its own exit code."""
 
     exit_code = 1
+    silent = False
+    """Whether another rank of the same job prints it."""
 
 
 class ConfigError(Megacm3Error):

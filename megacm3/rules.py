@@ -106,6 +106,7 @@ def _check_rest(config: Config) -> None:
             f"data.image_answers = {data.image_answers} sets the shares that data.upsample = {data.upsample} and "
             f"data.downsample = {data.downsample} bound; give one or the other"
         )
+    _check_guards(config)
     if data.position_reset and not data.document_mask:
         raise ConfigError("data.position_reset = true needs data.document_mask = true")
     if len(config.optimizer.betas) != 2:
@@ -140,3 +141,15 @@ def _check_trained(config: Config) -> None:
         raise ConfigError(f"lora.matrices names {found}; expected some of {', '.join(known)}")
     if len(set(config.lora.matrices)) < len(config.lora.matrices):
         raise ConfigError(f"lora.matrices = {config.lora.matrices} names a matrix twice")
+
+
+def _check_guards(config: Config) -> None:
+    for key in ("guards.spike", "guards.output_norm", "guards.limit", "watchdog.warn", "watchdog.timeout"):
+        if _get(config, key) < 0:
+            raise ConfigError(f"{key} = {_get(config, key)}; expected 0 or more")
+    if config.guards.window < 8:
+        raise ConfigError(f"guards.window = {config.guards.window}; expected at least 8 steps")
+    for key in ("guards.skip_steps", "guards.skip_sequences"):
+        for pair in _get(config, key):
+            if len(pair) != 2 or not 0 <= pair[0] < pair[1]:
+                raise ConfigError(f"{key}: {pair} is no range; expected [first, end) such as [1000, 1200]")

@@ -7,13 +7,15 @@ import logging
 import os
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from megacm3.command import run as run_command
 from megacm3.config import Config
-from megacm3.errors import ConfigError
+from megacm3.errors import ConfigError, Megacm3Error
 from megacm3.resolve import load_config
 
 
@@ -51,6 +53,7 @@ def check_launch(config: Config, world: int) -> None:
     """All that can be known before any process group exists. Raises ConfigError."""
     from megacm3.parallel.context import check_world
     from megacm3.parallel.deepspeed_json import fill_deepspeed_json
+    from megacm3.training.agreement import check_override
     from megacm3.training.start import check_init
 
     if not config.train.out:
@@ -59,6 +62,7 @@ def check_launch(config: Config, world: int) -> None:
         raise ConfigError(
             f"log.wandb = '{config.log.wandb}', but wandb is not installed; pip install wandb, or set log.wandb=''"
         )
+    check_override(config)
     fill_deepspeed_json(config, check_world(config, world))
     check_init(config)
 
@@ -94,13 +98,20 @@ def _dry_run(config: Config, ranks: int) -> int:
 
 @contextmanager
 def _one_voice() -> Iterator[None]:
-    """Until the ranks differ, all meet the same errors: only rank 0 prints them, the others leave with its code."""
+    """Until the ranks meet, all have the same errors: rank 0 prints them. Another rank prints its own after a moment,
+    in which a launcher ends it where rank 0 had the error too."""
     spoken = sys.stderr
-    if os.environ["RANK"] != "0":
-        logging.disable(logging.WARNING)
-        sys.stderr = io.StringIO()
-    yield
-    sys.stderr = spoken
+    try:
+        if os.environ["RANK"] != "0":
+            sys.stderr = io.StringIO()
+        yield
+    except Megacm3Error:
+        sys.stderr = spoken
+        if os.environ["RANK"] != "0":
+            time.sleep(1.0 if int(os.environ["RANK"]) < 64 else 2.0)
+        raise
+    finally:
+        sys.stderr = spoken
 
 
 def _train(config: Config, device: Any) -> int:
@@ -108,17 +119,39 @@ def _train(config: Config, device: Any) -> int:
     import torch
 
     from megacm3.parallel.context import build_context
+    from megacm3.training.agreement import check_ranks_agree
     from megacm3.training.loop import train
-    from megacm3.training.run import build_run
+    from megacm3.training.run import build_run, claim_folder
+    from megacm3.training.watchdog import Watchdog
 
     deepspeed.utils.logger.setLevel(logging.WARNING)
     log = logging.getLogger(__name__)
-    deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo")
+    try:
+        deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo")
+    except torch.distributed.DistNetworkError as fault:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        why = str(fault).splitlines()[0]
+        raise ConfigError(
+            f"the ranks cannot meet at {where}: {why}; give the launcher another --master_port"
+        ) from fault
     context = build_context(config, device)
-    log.info("%s", context)
-    run = build_run(config, context)
-    run.resume()
-    train(run)
+    if context.rank == 0:
+        log.info("%s", context)
+    watchdog, lock = Watchdog(config, context), None
+    try:
+        check_ranks_agree(config, context)
+        lock = claim_folder(Path(config.train.out)) if context.rank == 0 else None
+        run = build_run(config, context, watchdog)
+        run.resume()
+        train(run)
+        torch.distributed.barrier(group=context.control_group)
+        watchdog.close()
+    except BaseException as error:
+        end = watchdog.leave(error)
+        raise end from (error if end is not error else None)
+    finally:
+        if lock:
+            lock.release()
     torch.distributed.destroy_process_group()
     return 0
 

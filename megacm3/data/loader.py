@@ -4,9 +4,12 @@ Step s is made of sequences s x global_batch and on; rank r of the data-parallel
 them. So the state is one number, and neither ranks nor workers change what a step contains.
 """
 
+import ctypes
 import hashlib
 import itertools
-from collections.abc import Iterator
+import signal
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -26,6 +29,8 @@ class Step:
     """One rank's part of a training step, with what is known of the whole step."""
 
     number: int
+    first_sequence: int
+    """The global batch is made of global_batch sequences from this one on."""
     micro_batches: list[dict[str, torch.Tensor]]
     """For each accumulation: tokens int64 [b, L], targets int64 [b, L] (-100 = no loss), documents int32 [b, L] (index
     of the sample at each position, -1 = padding), numbers int64 [b] (of the sequences in the stream)."""
@@ -41,26 +46,25 @@ class _Arrays(NamedTuple):
     targets: np.ndarray
     documents: np.ndarray
     numbers: np.ndarray
+    first_sequence: int
     samples_sha256: str
     counts: dict[str, int]
 
 
 class _Steps(torch.utils.data.Dataset):
-    """Step number -> arrays of one rank."""
+    """First sequence of a step -> arrays of one rank."""
 
-    def __init__(self, stream: Stream, first: int, start_step: int, global_batch: int, part: range) -> None:
-        self._stream, self._first, self._start_step = stream, first, start_step
-        self._global_batch, self._part = global_batch, part
+    def __init__(self, stream: Stream, global_batch: int, part: range) -> None:
+        self._stream, self._global_batch, self._part = stream, global_batch, part
 
-    def __getitem__(self, step: int) -> _Arrays | Megacm3Error:
+    def __getitem__(self, begin: int) -> _Arrays | Megacm3Error:
         try:
-            return self._read(step)
+            return self._read(begin)
         except Megacm3Error as error:
             # Raised in the training process: torch would wrap it into a traceback.
             return error
 
-    def _read(self, step: int) -> _Arrays:
-        begin = self._first + (step - self._start_step) * self._global_batch
+    def _read(self, begin: int) -> _Arrays:
         digest, totals, rows = hashlib.sha256(), np.zeros(len(COUNTERS), np.int64), []
         for number in range(begin, begin + self._global_batch):
             digest.update(np.array([*self._stream.samples(number), -1], "<i8").tobytes())
@@ -74,19 +78,32 @@ class _Steps(torch.utils.data.Dataset):
             np.where(mask, tokens[:, 1:], IGNORED),
             np.stack([row.documents for row in rows]),
             np.array([row.number for row in rows], np.int64),
+            begin,
             digest.hexdigest(),
             dict(zip(COUNTERS, totals.tolist(), strict=True)),
         )
 
 
-class _From:
-    """The numbers from `start` on, without end, as a sampler."""
+def jump(sequence: int, size: int, skip: Sequence[list[int]]) -> int:
+    """The first sequence from `sequence` on from which `size` sequences touch no range [first, end) of `skip`."""
+    for first, end in sorted(skip):
+        if sequence < end and sequence + size > first:
+            sequence = end
+    return sequence
 
-    def __init__(self, start: int) -> None:
-        self._start = start
+
+class _Begins:
+    """The first sequences of step after step, without end, as a sampler."""
+
+    def __init__(self, start: int, size: int, skip: Sequence[list[int]]) -> None:
+        self._start, self._size, self._skip = start, size, skip
 
     def __iter__(self) -> Iterator[int]:
-        return itertools.count(self._start)
+        sequence = self._start
+        while True:
+            sequence = jump(sequence, self._size, self._skip)
+            yield sequence
+            sequence += self._size
 
 
 class Loader:
@@ -102,9 +119,11 @@ class Loader:
         start_step: int = 0,
         workers: int = 0,
         start_sequence: int | None = None,
+        skip: Sequence[list[int]] = (),
     ) -> None:
         """start_sequence: first sequence of `start_step`, by default start_step * global_batch; another one after
-        training on with another global batch. workers: processes that read ahead, 0 = none.
+        training on with another global batch. workers: processes that read ahead, 0 = none. skip: ranges [first, end)
+        of sequences that no step reads.
 
         Raises ConfigError when global_batch is not a multiple of micro_batch * dp_size.
         """
@@ -122,11 +141,7 @@ class Loader:
         self.start_sequence = start_step * global_batch if start_sequence is None else start_sequence
         share = global_batch // dp_size
         part = range(dp_rank * share, (dp_rank + 1) * share)
-        self._steps = _Steps(stream, self.start_sequence, start_step, global_batch, part)
-
-    def next_sequence(self, step: int) -> int:
-        """The sequence that step `step` begins with: the whole state, beside the stream's fingerprint."""
-        return self.start_sequence + (step - self.start_step) * self.global_batch
+        self._steps, self._skip = _Steps(stream, global_batch, part), skip
 
     def __iter__(self) -> Iterator[Step]:
         """Steps from `start_step` on. Raises DataError when a store is damaged or a worker dies."""
@@ -134,32 +149,47 @@ class Loader:
             torch.utils.data.DataLoader(
                 self._steps,
                 batch_size=None,
-                sampler=_From(self.start_step),
+                sampler=_Begins(self.start_sequence, self.global_batch, self._skip),
                 num_workers=self.workers,
                 collate_fn=_same,
                 # Its own generator: the loader must not draw from the one that dropout uses.
                 generator=torch.Generator(),
                 prefetch_factor=2 if self.workers else None,
                 multiprocessing_context="fork" if self.workers else None,
+                worker_init_fn=_begin_worker,
             )
         )
-        for number in itertools.count(self.start_step):
-            try:
-                arrays = next(steps)
-            except RuntimeError as fault:
-                if "DataLoader worker" not in str(fault):
-                    raise
-                raise DataError(f"a loader process died ({str(fault).splitlines()[0]}); see data.workers") from fault
-            if isinstance(arrays, Megacm3Error):
-                raise arrays
-            yield self._step(number, arrays)
+        try:
+            for number in itertools.count(self.start_step):
+                try:
+                    arrays = next(steps)
+                except RuntimeError as fault:
+                    if "DataLoader worker" not in str(fault):
+                        raise
+                    raise DataError(
+                        f"a loader process died ({str(fault).splitlines()[0]}); see data.workers"
+                    ) from fault
+                if isinstance(arrays, Megacm3Error):
+                    raise arrays
+                yield self._step(number, arrays)
+        finally:
+            if self.workers:
+                steps._shutdown_workers()  # type: ignore[attr-defined]  # its own deletion waits for the garbage collector
 
     def _step(self, number: int, arrays: _Arrays) -> Step:
         names = ("tokens", "targets", "documents", "numbers")
         tensors = {name: torch.from_numpy(np.ascontiguousarray(getattr(arrays, name))) for name in names}
         cuts = range(0, len(arrays.numbers), self.micro_batch)
         micro = [{name: tensor[i : i + self.micro_batch] for name, tensor in tensors.items()} for i in cuts]
-        return Step(number, micro, arrays.samples_sha256, arrays.counts)
+        return Step(number, arrays.first_sequence, micro, arrays.samples_sha256, arrays.counts)
+
+
+def _begin_worker(_: int) -> None:
+    """A worker leaves signals to the trainer, and dies with it, however that ends: it holds copies of its sockets."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def _same(value: Any) -> Any:

@@ -5,12 +5,15 @@ without its cure): the pipeline hand-off under sequence parallel (deepspeed_json
 (replicated.py), the gradient norm of a tied table at ZeRO-0 and an optimizer step too many in bf16 (optimizer.py).
 """
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 
 from megacm3.config import Config
+from megacm3.faults import Poison
 from megacm3.model.block import pack
 from megacm3.model.kernels import capabilities, choose
 from megacm3.model.loss import IGNORE, POSITION_BUCKETS, SUMS, LossState
@@ -18,8 +21,11 @@ from megacm3.model.stages import Head, Network, Stage, Words, list_stages
 from megacm3.parallel.clock import ForwardClock
 from megacm3.parallel.context import ParallelContext, deepspeed_mpu
 from megacm3.parallel.deepspeed_json import fill_deepspeed_json, own_clipping, zero_stage
+from megacm3.parallel.gate import NONFINITE, SPIKE, Gate
 from megacm3.parallel.optimizer import build_optimizer, start_clipping
-from megacm3.parallel.pipeline import pipeline_module
+from megacm3.parallel.pipeline import announce_phases, pipeline_module
+
+__all__ = ["NONFINITE", "SPIKE", "Engine", "StepResult"]
 
 
 @dataclass
@@ -34,6 +40,14 @@ class StepResult:
     """Root mean square of the last block's output."""
     positions: torch.Tensor = field(default_factory=lambda: torch.zeros(2, POSITION_BUCKETS, dtype=torch.float64))
     """fp64 [2, buckets]: nll and targets in each equal part of the sequence."""
+    refused: int = 0
+    """Why no parameter was changed: NONFINITE, SPIKE; 0 = the step was applied."""
+    finite_gradients: bool = True
+
+    @property
+    def loss(self) -> float:
+        """Mean over the targets of the global batch, in nats."""
+        return float(self.sums[0] / self.sums[3].clamp(min=1))
 
 
 class Engine:
@@ -57,6 +71,13 @@ class Engine:
             mpu=None if context.pipeline > 1 else deepspeed_mpu(context),
         )
         self.clock = ForwardClock(self.module, context)
+        self.poison = Poison(self.module, context.rank)
+        self.on_phase: Callable[[str], None] = lambda name: None
+        self._gate = Gate(self.optimizer, self.zero_stage, self._is_refused)
+        if context.pipeline > 1:
+            announce_phases(
+                self.engine, lambda name: self.on_phase(name if self.engine.module.training else "evaluate")
+            )
         if own_clipping(self.json):
             start_clipping(self.optimizer, context, config.optimizer.clip)
         if self.zero_stage == 0 and context.data == 1:
@@ -94,10 +115,25 @@ class Engine:
         meta = pack(batch["numbers"], batch["documents"], batch["targets"])
         return batch["tokens"].to(device, non_blocking=True), meta.to(device, non_blocking=True)
 
-    def train_step(self, micro_batches: list[dict[str, torch.Tensor]]) -> StepResult:
-        """One optimizer step over this rank's micro-batches (tokens, targets, documents, numbers; see data/loader)."""
+    def train_step(
+        self,
+        micro_batches: list[dict[str, torch.Tensor]],
+        is_spike: Callable[[float], bool] = lambda loss: False,
+        *,
+        rehearse: bool = False,
+    ) -> StepResult:
+        """One optimizer step over this rank's micro-batches (tokens, targets, documents, numbers; see data/loader).
+
+        No parameter changes on any rank when a loss or gradient of any is not finite, when `is_spike` (asked with the
+        loss of the global batch, on every rank) says so, or in a rehearsal.
+        """
         context, state = self.context, self.state
         self.clock.reset()
+        self._is_spike, self._rehearse = is_spike, rehearse
+        self._sums: torch.Tensor | None = None
+        self._refused, self._finite = 0, True
+        self.on_phase("forward")
+        self.poison.batch(int(micro_batches[0]["numbers"][0]))
         targets = torch.tensor([sum(int((b["targets"] != IGNORE).sum()) for b in micro_batches)], device=context.device)
         dist.all_reduce(targets, group=context.data_group)
         state.scale = context.data / max(1, int(targets))
@@ -108,10 +144,28 @@ class Engine:
             self.engine.train_batch(iter((self._inputs(b), unused) for b in micro_batches))
         else:
             for batch in micro_batches:
+                self.on_phase("forward")
                 loss = self.engine(*self._inputs(batch))
+                self.on_phase("backward")
                 self.engine.backward(loss * len(micro_batches))  # which DeepSpeed divides by
                 self.engine.step()
         return self._result()
+
+    def _is_refused(self, finite: bool) -> bool:
+        """Asked before each optimizer step, with whether this rank's gradients are finite; all ranks agree."""
+        self.on_phase("optimizer")
+        if self.state.sums is not None:
+            self.poison.loss(self.state.sums)
+        self._sums = self._reduced()
+        loss = float(self._sums[0] / self._sums[3].clamp(min=1))
+        if not (finite and math.isfinite(loss)):
+            mine = NONFINITE
+        else:
+            mine = SPIKE if self._is_spike(loss) else 0
+        worst = torch.tensor([mine, int(not finite)], device=self.context.device)
+        dist.all_reduce(worst, dist.ReduceOp.MAX)
+        self._refused, self._finite = int(worst[0]), not int(worst[1])
+        return self._refused > 0 or self._rehearse
 
     @torch.no_grad()
     def evaluate(self, micro_batches: list[dict[str, torch.Tensor]]) -> torch.Tensor:
@@ -131,6 +185,7 @@ class Engine:
         else:
             self.engine.eval()
             for batch in micro_batches:
+                self.on_phase("evaluate")
                 self.engine(*self._inputs(batch))
             self.engine.train()
         return self._reduced()[:8]
@@ -152,8 +207,10 @@ class Engine:
         return sums.cpu()
 
     def _result(self) -> StepResult:
-        sums = self._reduced()
+        sums = self._reduced() if self._sums is None else self._sums
         own = getattr(self.optimizer, "optimizer", self.optimizer)
         norm = own.grad_norm if own_clipping(self.json) else self.engine.get_global_grad_norm()
         output = float((sums[SUMS] / sums[SUMS + 1]).sqrt())
-        return StepResult(sums[:8], float(norm or 0.0), output, sums[8:SUMS].view(2, -1))
+        grad_norm = float(norm or 0.0) if self._finite else math.nan
+        positions = sums[8:SUMS].view(2, -1)
+        return StepResult(sums[:8], grad_norm, output, positions, self._refused, self._finite)

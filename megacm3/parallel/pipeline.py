@@ -1,5 +1,6 @@
 """The list of stages as a DeepSpeed pipeline."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -59,3 +60,20 @@ def pipeline_module(stages: list[Stage], context: ParallelContext) -> torch.nn.M
     layers: list[Any] = [BuiltTied(stage) if stage.is_table and tied else Built(stage) for stage in stages]
     topology = PipeModelDataParallelTopology(num_pp=context.pipeline, num_mp=context.tensor, num_dp=context.data)
     return Pipeline(layers, topology=topology, loss_fn=lambda loss, _: loss)
+
+
+def announce_phases(engine: Any, on_phase: Callable[[str], None]) -> None:
+    """Have a DeepSpeed pipeline engine say when it goes forward and backward."""
+    from deepspeed.runtime.pipe import schedule
+
+    def announced(name: str, act: Callable[..., None]) -> Callable[..., None]:
+        def first_say(self: Any, *arguments: Any, **more: Any) -> None:
+            on_phase(name)
+            act(self, *arguments, **more)
+
+        return first_say
+
+    table = dict(engine._INSTRUCTION_MAP)
+    for instruction, name in ((schedule.ForwardPass, "forward"), (schedule.BackwardPass, "backward")):
+        table[instruction] = announced(name, table[instruction])
+    engine._INSTRUCTION_MAP = table

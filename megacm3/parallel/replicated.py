@@ -5,7 +5,7 @@ or its own positions (norms under sequence parallel) the sum is needed, and it i
 passes through megatron-core's copy region, whose forward is the identity and whose backward is the all-reduce.
 """
 
-import hashlib
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,32 +28,51 @@ def replicas(module: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
     return [(parts_of(p)[0].name, p) for p in module.parameters() if not p.tensor_model_parallel]  # type: ignore[attr-defined]
 
 
-def _digest(tensor: torch.Tensor) -> torch.Tensor:
-    raw = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy()
-    return torch.tensor(list(hashlib.blake2b(raw.tobytes(), digest_size=16).digest()), dtype=torch.uint8)
+def _checksums(tensor: torch.Tensor) -> torch.Tensor:
+    """int64 [2]: sums of a tensor's bits read as integers, over all of it and over its first half.
 
-
-def check_replicas(module: torch.nn.Module, context: ParallelContext) -> None:
-    """Raise CheckpointError, on every rank, naming the replicated parameters that differ over the tensor ranks.
-
-    ZeRO-3 partitions are compared as they are: equal data ranks hold equal slices.
+    One flipped bit always changes the first; it costs one pass at the speed of the memory.
     """
-    if context.tensor == 1:
-        return
-    named = replicas(module)
-    names = []
-    if named:  # a stage may hold none
-        mine = torch.stack([_digest(getattr(p, "ds_tensor", p.data)) for _, p in named]).to(context.device)
-        every = [torch.empty_like(mine) for _ in range(context.tensor)]
-        dist.all_gather(every, mine, group=context.tensor_group)
-        different = torch.stack([(other != every[0]).any(dim=1) for other in every]).any(dim=0)
-        names = [name for (name, _), bad in zip(named, different.tolist(), strict=True) if bad]
-    # All ranks of the model must stop together, not only the tensor group that differs.
-    count = torch.tensor([len(names)], device=context.device)
-    dist.all_reduce(count)
+    flat = tensor.detach().contiguous().reshape(-1)
+    bits = flat.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()])
+    return torch.stack((bits.sum(dtype=torch.int64), bits[: len(bits) // 2].sum(dtype=torch.int64)))
+
+
+def _differing(named: list[tuple[str, torch.Tensor]], group: Any, size: int) -> list[str]:
+    """Words for the tensors that are not equal over a group: name and ranks."""
+    if size == 1 or not named:  # a stage may hold none
+        return []
+    mine = torch.stack([_checksums(tensor) for _, tensor in named])
+    every = [torch.empty_like(mine) for _ in range(size)]
+    dist.all_gather(every, mine, group=group)
+    ranks = dist.get_process_group_ranks(group)
+    told = []
+    for index, (name, _) in enumerate(named):
+        other = [ranks[i] for i in range(1, size) if not torch.equal(every[i][index], every[0][index])]
+        if other:
+            told.append(f"{name} on rank {', '.join(map(str, other[:8]))} is not that of rank {ranks[0]}")
+    return told
+
+
+def check_replicas(module: torch.nn.Module, context: ParallelContext, *, data: bool = True) -> None:
+    """Raise CheckpointError, on every rank, naming the parameters and ranks where equal ones have come apart.
+
+    Compared are replicated parameters over the tensor ranks and, with `data`, all parameters over the data ranks.
+    ZeRO-3 partitions are compared as they are: equal data ranks hold equal slices. Collective.
+    """
+    equal = [(name, getattr(p, "ds_tensor", p.data)) for name, p in replicas(module)]
+    told = _differing(equal, context.tensor_group, context.tensor)
+    if data:
+        own = [(parts_of(p)[0].name, p.data) for p in module.parameters()]
+        told += _differing(own, context.data_group, context.data)
+    # All ranks must stop together, not only the group that differs.
+    count = torch.tensor([len(told)])
+    dist.all_reduce(count, group=context.control_group)
     if int(count):
-        shown = ", ".join(names[:4]) or "a parameter of another pipeline stage"
+        every: list[Any] = [None] * context.world
+        dist.all_gather_object(every, told, group=context.control_group)
+        shown = "; ".join(list(dict.fromkeys(text for texts in every for text in texts))[:4])
         raise CheckpointError(
-            f"replicated parameters differ over the tensor ranks: {shown}; nothing was saved. "
+            f"replicated parameters differ: {shown}; nothing was saved. "
             "The last committed checkpoint is sound: resume from it"
         )

@@ -3,8 +3,7 @@
 import time
 
 from megacm3.errors import Stopped
-from megacm3.parallel.replicated import check_replicas
-from megacm3.training.guards import check_finite
+from megacm3.training.guards import RollBack
 from megacm3.training.metrics import Metrics
 from megacm3.training.ranks import Ranks
 from megacm3.training.run import Run
@@ -13,35 +12,48 @@ from megacm3.training.signals import StopRequest
 
 
 def train(run: Run) -> None:
-    """Train from where the run stands to train.steps (or train.stop_at), saving as the config says.
+    """Train from where the run stands to its last step, saving as the config says.
 
-    Raises Stopped after a signal (everything is saved) and Diverged when the loss is no longer finite.
+    Raises Stopped after a signal (everything is saved) and Diverged when the guards give up.
     """
-    config = run.config
-    last = run.last_step
-    stop = StopRequest(run.context)
-    with Metrics(config, run.out, run.step, run.is_main, Ranks(run.engine), str(run.context)) as metrics:
-        batches = iter(run.loader())
-        while run.step < last:
-            waiting = time.monotonic()
-            batch = next(batches)
-            metrics.waited(time.monotonic() - waiting)
+    stop = StopRequest(run.context, run.watchdog)
+    while run.step < run.last_step:
+        layout, ranks = str(run.context), Ranks(run.engine)
+        try:
+            with Metrics(run.config, run.out, run.step, run.is_main, ranks, layout) as metrics:
+                _steps(run, stop, metrics)
+        except RollBack as wish:
+            run.roll_back(wish)
 
-            lr = learning_rate(config, run.step)
-            run.engine.set_lr(lr)
-            result = run.engine.train_step(batch.micro_batches)
-            check_finite(result, run.step + 1, batch)
-            run.advance()
-            run.evaluate(metrics)
 
+def _steps(run: Run, stop: StopRequest, metrics: Metrics) -> None:
+    config, phase = run.config, run.watchdog.phase
+    batches = iter(run.loader())
+    while run.step < run.last_step:
+        phase("data", run.step + 1)
+        waiting = time.monotonic()
+        batch = next(batches)
+        metrics.waited(time.monotonic() - waiting)
+
+        lr = learning_rate(config, run.step)
+        run.engine.set_lr(lr)
+        applied = False
+        if not run.guards.leaves_out(run.step + 1):
+            result = run.engine.train_step(batch.micro_batches, run.guards.is_spike)
+            applied = run.guards.passed(run, batch, result)
+        run.advance(batch)
+        run.evaluate(metrics)
+
+        if applied:
             metrics.add(run.step, result, lr, batch.samples_sha256, batch.counts, run.tokens)
-            if run.step % config.log.replicas_every == 0:
-                check_replicas(run.engine.module, run.context)
-            stopping = stop.agreed()
-            run.poll(metrics)
-            if stopping or run.step == last or (config.checkpoint.every and run.step % config.checkpoint.every == 0):
-                run.save(metrics)
-            if stopping and run.step < last:
-                run.finish(metrics)
-                raise Stopped(f"stopped by a signal at step {run.step}, saved; run the same command to continue")
-        run.finish(metrics)
+        if run.step % config.log.replicas_every == 0:
+            run.check_replicas()
+        stopping = stop.agreed()
+        phase("save", run.step)
+        run.poll(metrics)
+        if stopping or run.save_is_due:
+            run.save(metrics)
+        if stopping and run.step < run.last_step:
+            run.finish(metrics)
+            raise Stopped(f"stopped by a signal at step {run.step}, saved; run the same command to continue")
+    run.finish(metrics)

@@ -4,8 +4,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,35 +12,27 @@ import torch
 import torch.distributed as dist
 
 from megacm3.checkpoint.commit import clear_leftovers, discover
+from megacm3.checkpoint.reader import Checkpoint
 from megacm3.checkpoint.store import Saver, load
 from megacm3.config import Config, total_steps
 from megacm3.data.build import build_stream
-from megacm3.data.loader import Loader, check_resume
+from megacm3.data.loader import Loader, Step, check_resume
 from megacm3.data.stream import Stream
-from megacm3.errors import CheckpointError
+from megacm3.errors import CheckpointError, ConfigError, Diverged
+from megacm3.faults import strike
 from megacm3.parallel.context import ParallelContext
 from megacm3.parallel.engine import Engine
 from megacm3.parallel.replicated import check_replicas
 from megacm3.resolve import save_config
+from megacm3.training.agreement import changed_keys, versions
+from megacm3.training.guards import Guards, RollBack
 from megacm3.training.held_out import HeldOut, open_held_out
+from megacm3.training.lock import FolderLock
 from megacm3.training.metrics import Metrics
 from megacm3.training.start import begin_with, run_tokenizers
+from megacm3.training.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
-LIBRARIES = ("torch", "megatron-core", "deepspeed", "numpy", "safetensors", "sentencepiece", "diffusers")
-
-
-def versions() -> dict[str, str]:
-    """Versions of what decides a run's numbers."""
-    from megacm3 import __version__
-
-    found = {"megacm3": __version__}
-    for name in LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
 
 
 @dataclass
@@ -53,6 +44,8 @@ class Run:
     stream: Stream
     engine: Engine
     saver: Saver
+    guards: Guards
+    watchdog: Watchdog
     out: Path
     step: int = 0
     """Optimizer steps done."""
@@ -82,25 +75,33 @@ class Run:
             start_step=self.step,
             workers=config.data.workers,
             start_sequence=self._sequence,
+            skip=self.guards.skip_sequences,
         )
 
     held_out: HeldOut | None = None
     """What is measured while training."""
+    overrides: list[dict[str, Any]] = field(default_factory=list)
+    """Config keys that were changed on the way: key, was, now, step."""
     init: dict[str, Any] | None = None
     """Where the weights of step 0 came from, when they were not drawn."""
     _sequence: int = 0
     _stall: float = 0.0
 
-    def advance(self) -> None:
+    @property
+    def save_is_due(self) -> bool:
+        """Whether the config wants a checkpoint of this step."""
+        every = self.config.checkpoint.every
+        return self.step == self.last_step or (every > 0 and self.step % every == 0)
+
+    def advance(self, batch: Step) -> None:
         """Count one finished step."""
         self.step += 1
-        self._sequence += self.config.train.global_batch
+        self.engine.poison.step = self.step + 1
+        self._sequence = batch.first_sequence + self.config.train.global_batch
         self.tokens += self.config.train.global_batch * self.config.model.sequence_length
 
-    def _probe(self) -> float | None:
+    def _probe(self) -> float:
         """Loss of a fixed batch: stored with a checkpoint and compared after it is loaded."""
-        if self.context.pipeline > 1:
-            return None
         length, size = self.config.model.sequence_length, self.config.model.vocab_size
         generator = torch.Generator().manual_seed(0)
         tokens = torch.randint(0, size, (1, length + 1), generator=generator)
@@ -113,11 +114,19 @@ class Run:
         sums = self.engine.evaluate([batch])
         return float(sums[0] / sums[3])
 
+    def check_replicas(self) -> None:
+        """Raise CheckpointError when ranks that should hold the same parameters do not. Collective."""
+        if strike("replica", rank=self.context.rank, step=self.step) == "perturb":
+            with torch.no_grad():
+                replicated = [p for p in self.engine.module.parameters() if not p.tensor_model_parallel]  # type: ignore[attr-defined]
+                (replicated or list(self.engine.module.parameters()))[0].view(-1)[0] += 1
+        check_replicas(self.engine.module, self.context, data=self.engine.zero_stage < 3)
+
     def save(self, metrics: Metrics) -> None:
         """Check the replicas, then save this step, in the background where the config says so. Collective."""
         begun = time.monotonic()
         self.finish(metrics)
-        check_replicas(self.engine.module, self.context)
+        self.check_replicas()
         state = {
             "step": self.step,
             "tokens": self.tokens,
@@ -128,8 +137,11 @@ class Run:
             "vocabulary": self.stream.vocabulary.to_json(),
             "tokenizers": run_tokenizers(self.stream),
             "init": self.init,
+            "guards": self.guards.state(),
+            "overrides": self.overrides,
             "versions": versions(),
         }
+        self.watchdog.phase("save")
         background = self.config.checkpoint.background
         self._try(lambda: self.saver.start(self.step, state, background=background))
         self._stall = time.monotonic() - begun
@@ -191,37 +203,74 @@ class Run:
                 self.init = begin_with(self.engine, self.context, self.config, self.stream)
             elif self.is_main:
                 log.info("no checkpoint in %s: starting from step 0 with seed %d", folder, self.config.train.seed)
+            self.engine.poison.step = 1
             return
-        state = load(self.engine, self.context, found[0])
-        check_resume(state["stream"], self.stream)
+        self._continue(found[0])
+
+    def _continue(self, path: Path) -> None:
+        saved = Checkpoint(path)
+        changes = changed_keys(saved.config, self.config)
+        state = load(self.engine, self.context, path)
+        if not any(change.key.split(".")[0] in ("data", "retrieval", "objective") for change in changes):
+            check_resume(state["stream"], self.stream)
         self.step, self.tokens, self._sequence = state["step"], state["tokens"], state["sequence"]
+        self.engine.poison.step = self.step + 1
         self.init = state.get("init")
-        self._check_probe(state, found[0])
+        self.overrides = [*state["overrides"], *(change._asdict() | {"step": self.step} for change in changes)]
+        self.guards.restore(state["guards"])
+        self._check_probe(state, path)
         if self.is_main:
+            for change in changes:
+                log.warning("%s was %s, is %s from step %d on", *change, self.step)
             for name, now in versions().items():
                 then = state["versions"].get(name, now)
                 if then != now:
                     log.warning("%s is %s now; the checkpoint was made with %s", name, now, then)
-            log.info("resumed %s: step %d, %d tokens", found[0], self.step, self.tokens)
+            log.info("resumed %s: step %d, %d tokens", path, self.step, self.tokens)
+
+    def roll_back(self, wish: RollBack) -> None:
+        """Go back to the newest checkpoint and leave out the sequences that made it necessary. Collective."""
+        self.saver.finish()
+        found = discover(self.out / "checkpoints")
+        if not found:
+            raise Diverged(f"{wish} made a step that is not finite, and there is no checkpoint to go back to")
+        self.guards.left_out.append([wish.first, wish.end])
+        if self.is_main:
+            log.warning("going back to %s; %s are left out from now on", found[0], wish)
+        self._continue(found[0])
 
     def _check_probe(self, state: dict[str, Any], path: Path) -> None:
         then, now = state["probe_loss"], self._probe()
-        if then is not None and now is not None and abs(then - now) > 1e-3 * abs(then):
+        if then is not None and abs(then - now) > 1e-3 * abs(then):
             raise CheckpointError(
                 f"{path} was loaded, but the loss of its fixed batch is {now:.6f}; when it was saved it was {then:.6f}"
             )
 
 
-def build_run(config: Config, context: ParallelContext) -> Run:
-    """Stream, engine and folder of a run. Raises ConfigError or DataError before anything is written."""
+def claim_folder(out: Path) -> FolderLock:
+    """Make a run's folder, write a byte there, and lock it. Raises ConfigError. Called on one rank."""
+    try:
+        (out / "checkpoints").mkdir(parents=True, exist_ok=True)
+        probe = out / "checkpoints" / ".probe"
+        probe.write_bytes(b"0")
+        probe.unlink()
+        lock = FolderLock(out)
+        lock.acquire()
+    except OSError as fault:
+        raise ConfigError(f"{out} cannot be written: {fault.strerror}; give another train.out") from fault
+    return lock
+
+
+def build_run(config: Config, context: ParallelContext, watchdog: Watchdog) -> Run:
+    """Stream, engine and guards of a run whose folder is claimed. Raises ConfigError or DataError."""
     stream = build_stream(config)
     held_out = open_held_out(config, context, stream)
     out = Path(config.train.out)
     if context.rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
         save_config(config, out / "config.yaml", versions())
     dist.barrier(group=context.control_group)
     kinds = torch.from_numpy(stream.vocabulary.kind.copy())
     engine = Engine(config, context, kinds)
     saver = Saver(engine, context, out / "checkpoints", config.checkpoint.keep)
-    return Run(config, context, stream, engine, saver, out, held_out=held_out)
+    engine.on_phase = watchdog.phase
+    return Run(config, context, stream, engine, saver, Guards(config), watchdog, out, held_out=held_out)

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import socket
+import threading
 from types import FrameType
 
 import torch
@@ -9,23 +11,44 @@ import torch.distributed as dist
 
 from megacm3.errors import Stopped
 from megacm3.parallel.context import ParallelContext
+from megacm3.training.watchdog import Watchdog
+
+NUMBERS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopRequest:
-    """Listens from construction on; `agreed` is collective."""
+    """Listens from construction on; `agreed` is collective.
 
-    def __init__(self, context: ParallelContext) -> None:
-        self._context, self._count = context, 0
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._hear)
+    Python runs signal handlers in the main thread only, which may stand in a collective for long. So a thread reads the
+    bytes that the interpreter writes at once when a signal comes.
+    """
 
-    def _hear(self, number: int, frame: FrameType | None) -> None:
-        self._count += 1
-        if self._count > 1:
-            os._exit(Stopped.exit_code)
+    def __init__(self, context: ParallelContext, watchdog: Watchdog) -> None:
+        self._context, self._watchdog, self._count = context, watchdog, 0
+        self._heard, writing = socket.socketpair()
+        writing.setblocking(False)
+        self._writing = writing  # kept open
+        signal.set_wakeup_fd(writing.fileno())
+        for number in NUMBERS:
+            signal.signal(number, _note)
+        threading.Thread(target=self._listen, name="signals", daemon=True).start()
+
+    def _listen(self) -> None:
+        while byte := self._heard.recv(1):
+            if byte[0] not in NUMBERS:
+                continue
+            self._count += 1
+            if self._count > 1:
+                text = "stopped at once by a second signal; what was committed before is whole"
+                self._watchdog.leave_at_once(Stopped(text))
+                threading.Timer(5.0, os._exit, (Stopped.exit_code,)).start()  # where rank 0 does not answer
 
     def agreed(self) -> bool:
         """Whether any rank was asked to stop. Every rank must call it at the same step."""
         flag = torch.tensor([self._count])
         dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._context.control_group)
         return bool(flag.item())
+
+
+def _note(number: int, frame: FrameType | None) -> None:
+    """The signal is counted by the listening thread."""

@@ -37,12 +37,14 @@ def begin(overrides: list[str], steps: int = 0) -> dict[str, Any]:
     from megacm3.resolve import load_config
     from megacm3.training.loop import train
     from megacm3.training.run import build_run
+    from megacm3.training.watchdog import Watchdog
 
     prepare(choose_device("cpu"))
     deepspeed.utils.logger.setLevel(logging.WARNING)
     deepspeed.init_distributed("gloo")
     config = load_config(None, overrides)
-    run = build_run(config, build_context(config, choose_device("cpu")))
+    context = build_context(config, choose_device("cpu"))
+    run = build_run(config, context, Watchdog(config, context))
     run.resume()
     at = run.step
     if steps:
