@@ -51,8 +51,9 @@ def strike(point: str, **where: int) -> str:
 class Poison:
     """Spoils a training step: points `batch` and `loss`, and by hooks `output` and `gradient` (nan, inf).
 
-    Conditions: rank, step, sequence (the rank's first of the step), module or parameter (their number). Installs no
-    hook where the variable does not name its point.
+    Conditions: rank, step, sequence (the rank's first of the step), module or parameter (their number). Hooks strike
+    once a micro-batch, those of outputs again where a module is recomputed, and never in an evaluation. No hook is
+    installed where the variable does not name its point.
     """
 
     def __init__(self, module: "torch.nn.Module", rank: int) -> None:
@@ -79,7 +80,9 @@ class Poison:
             sums[0] *= 10
 
     def _output(self, index: int) -> Any:
-        def hook(_: Any, inputs: Any, outputs: Any) -> Any:
+        def hook(part: Any, inputs: Any, outputs: Any) -> Any:
+            if not part.training:
+                return None
             action = strike("output", **self._where, module=index)
             if action not in BAD:
                 return None

@@ -1,9 +1,10 @@
-"""SIGTERM and Ctrl-C become "finish the step, save, leave" on all ranks; a second signal leaves at once."""
+"""SIGTERM and Ctrl-C become "finish the step, save, leave" on all ranks; a second one later leaves at once."""
 
 import os
 import signal
 import socket
 import threading
+import time
 from types import FrameType
 
 import torch
@@ -14,6 +15,8 @@ from megacm3.parallel.context import ParallelContext
 from megacm3.training.watchdog import Watchdog
 
 NUMBERS = (signal.SIGTERM, signal.SIGINT)
+ONE = 1.0
+"""Seconds within which signals count as one: a launcher and the terminal may both pass on the same wish."""
 
 
 class StopRequest:
@@ -24,7 +27,7 @@ class StopRequest:
     """
 
     def __init__(self, context: ParallelContext, watchdog: Watchdog) -> None:
-        self._context, self._watchdog, self._count = context, watchdog, 0
+        self._context, self._watchdog, self._first = context, watchdog, 0.0
         self._heard, writing = socket.socketpair()
         writing.setblocking(False)
         self._writing = writing  # kept open
@@ -37,15 +40,16 @@ class StopRequest:
         while byte := self._heard.recv(1):
             if byte[0] not in NUMBERS:
                 continue
-            self._count += 1
-            if self._count > 1:
+            now = time.monotonic()
+            self._first = self._first or now
+            if now - self._first > ONE:
                 text = "stopped at once by a second signal; what was committed before is whole"
                 self._watchdog.leave_at_once(Stopped(text))
                 threading.Timer(5.0, os._exit, (Stopped.exit_code,)).start()  # where rank 0 does not answer
 
     def agreed(self) -> bool:
         """Whether any rank was asked to stop. Every rank must call it at the same step."""
-        flag = torch.tensor([self._count])
+        flag = torch.tensor([int(self._first > 0)])
         dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._context.control_group)
         return bool(flag.item())
 

@@ -11,6 +11,7 @@ import logging
 import multiprocessing
 import os
 import secrets
+import signal
 import socket
 import sys
 import threading
@@ -170,6 +171,8 @@ class Watchdog:
 
     def _hang_up(self) -> None:
         self._over.set()
+        # Else torch's handler would take the end of a loader process, below, for a fault.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         self._thread.join(PATIENCE)
         self._connection.close()
         if self._hub is not None:

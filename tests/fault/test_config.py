@@ -1,67 +1,86 @@
-"""Configs that differ, between ranks or from the checkpoint's, and folders and ports that are taken."""
+"""Faults 10, 23 and 24: configs that differ, from the checkpoint's or between ranks; folders and ports in use."""
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from megacm3.checkpoint.commit import discover
 from megacm3.checkpoint.reader import Checkpoint
-from tests.helpers.ranks import ROOT, errors, make_config, start
+from tests.helpers.distributed import ROOT
+from tests.helpers.runs import finished, start, the_error, train_ranks, write_config
 
 pytestmark = pytest.mark.long
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_config(tmp_path_factory.mktemp("config"))
+    return write_config(tmp_path_factory.mktemp("config"))
 
 
-def test_ranks_that_were_started_differently_are_named(config: Path, tmp_path: Path) -> None:
-    codes, said = start(config, tmp_path / "run", only={1: ["optimizer.lr=0.5", "train.seed=7"]}).wait(60)
-    assert codes == [2, 2], said
-    (error,) = errors(said)
+def test_10_a_changed_key_is_refused_or_named_and_stored(config: Path, tmp_path: Path) -> None:
+    out, lr = tmp_path / "run", "optimizer.lr=0.5"
+    finished(train_ranks(config, out, "train.stop_at=2", ranks=1))
+    error = the_error(train_ranks(config, out, "model.ffn_size=224", lr), 4)
+    assert "model.ffn_size was" in error and "is now 224" in error and "start a new run" in error
+    error = the_error(train_ranks(config, out, lr), 4)
+    assert "optimizer.lr was 0.01, is now 0.5" in error and "checkpoint.override" in error
+    weight = f"data.mixture=[{{store: {config.parent}/store, weight: 2.0}}]"
+    error = the_error(train_ranks(config, out, weight), 4)
+    assert "data.mixture.0.weight was 1.0, is now 2.0" in error and "checkpoint.override" in error
+    named = [lr, weight, "checkpoint.override=[optimizer.lr,data.mixture]", "train.stop_at=4"]
+    said = train_ranks(config, out, *named, ranks=1)
+    finished(said)
+    assert "optimizer.lr was 0.01, is 0.5 from step 2 on" in said[0].log
+    assert Checkpoint(discover(out / "checkpoints")[0]).state["overrides"] == [
+        {"key": "data.mixture.0.weight", "was": 1.0, "now": 2.0, "step": 2},
+        {"key": "optimizer.lr", "was": 0.01, "now": 0.5, "step": 2},
+    ]
+
+
+def test_23_ranks_with_other_configs_are_named(config: Path, tmp_path: Path) -> None:
+    only = {1: ["optimizer.lr=0.5", "train.seed=7"]}
+    error = the_error(train_ranks(config, tmp_path / "run", only=only), 2)
     assert "optimizer.lr = 0.01 on rank 0, 0.5 on rank 1" in error and "train.seed = 0 on rank 0, 7 on rank 1" in error
+    assert not (tmp_path / "run").exists()
 
 
-def test_a_changed_key_is_refused_or_named_and_stored(config: Path, tmp_path: Path) -> None:
+def test_23_a_rank_with_other_code_is_named(config: Path, tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "megacm3", tmp_path / "other/megacm3", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "ds_configs", tmp_path / "other/ds_configs")
+    with (tmp_path / "other/megacm3/files.py").open("a") as file:
+        file.write("# another version\n")
+    said = start(config, tmp_path / "run", roots={1: tmp_path / "other"}).wait()
+    error = the_error(said, 2)
+    assert "code of megacm3 = " in error and "on rank 0" in error and "on rank 1" in error
+
+
+def test_24_a_folder_in_use_is_refused_and_a_dead_jobs_lock_is_taken_over(config: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    assert start(config, out, "train.stop_at=2", ranks=1).wait()[0] == [0]
-    codes, said = start(config, out, "model.ffn_size=192", "optimizer.lr=0.5", ranks=1).wait()
-    assert codes == [4] and "model.ffn_size was" in errors(said)[0] and "start a new run" in errors(said)[0], said
-    codes, said = start(config, out, "optimizer.lr=0.5", ranks=1).wait()
-    assert codes == [4] and "optimizer.lr was 0.01, is now 0.5" in errors(said)[0], said
-    assert "checkpoint.override" in errors(said)[0]
-    named = ["optimizer.lr=0.5", "checkpoint.override=[optimizer.lr]", "train.stop_at=4"]
-    codes, said = start(config, out, *named, ranks=1).wait()
-    assert codes == [0] and "optimizer.lr was 0.01, is 0.5 from step 2 on" in said[0], said
-    state = Checkpoint(discover(out / "checkpoints")[0]).state
-    assert state["overrides"] == [{"key": "optimizer.lr", "was": 0.01, "now": 0.5, "step": 2}]
-
-
-def test_a_folder_in_use_is_refused_and_a_dead_jobs_lock_is_taken_over(config: Path, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    first = start(config, out, ranks=1, fault="batch:step=2:sleep=25")
+    first = start(config, out, ranks=1, fault="batch:step=2:sleep=1000")
     while not (out / ".lock").exists():
-        assert first.processes[0].poll() is None
-    codes, said = start(config, out, ranks=1).wait(60)
-    assert codes == [2], said
-    pid = json.loads((out / ".lock").read_text())["pid"]
-    assert pid == first.processes[0].pid
-    assert f"in use by process {pid} on {socket.gethostname()}" in errors(said)[0]
+        assert first.look(), first.wait()
+        time.sleep(0.05)
+    error = the_error(train_ranks(config, out), 2)
+    pid = first.processes[0].pid
+    assert json.loads((out / ".lock").read_text())["pid"] == pid
+    assert f"in use by process {pid} on {socket.gethostname()}" in error
     first.processes[0].kill()
     first.wait()
     assert (out / ".lock").exists()
-    codes, said = start(config, out, "train.stop_at=2", ranks=1).wait()
-    assert codes == [0] and "taken over" in said[0], said
+    said = train_ranks(config, out, "train.stop_at=2")
+    finished(said)
+    assert f"process {pid} on {socket.gethostname()} is dead" in said[0].log and "taken over" in said[0].log
     assert not (out / ".lock").exists()
 
 
-def test_a_port_in_use_is_one_line(config: Path, tmp_path: Path) -> None:
+def test_24_a_port_in_use_is_one_line(config: Path, tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -70,5 +89,5 @@ def test_a_port_in_use_is_one_line(config: Path, tmp_path: Path) -> None:
         command = [sys.executable, "-W", "ignore", "-m", "megacm3.train", str(config), f"train.out={tmp_path}/run"]
         found = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
     assert found.returncode == 2 and "Traceback" not in found.stderr, found.stderr
-    (error,) = errors([found.stderr])
+    (error,) = [line for line in found.stderr.splitlines() if line.startswith("error: ")]
     assert "cannot meet at 127.0.0.1" in error and "master_port" in error

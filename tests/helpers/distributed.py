@@ -27,13 +27,16 @@ class RankError(AssertionError):
 
 
 def run_distributed(
-    function: Callable[..., Any], world_size: int, *, timeout: float = 120.0, **kwargs: Any
+    function: Callable[..., Any], world_size: int, *, timeout: float = 120.0, exits: bool = False, **kwargs: Any
 ) -> list[Any]:
     """Call `function(**kwargs)` on `world_size` ranks at once and return what each returned, by rank.
 
     The function must stand at the top level of its module; arguments and results must be picklable. Each rank has RANK,
     LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT as from a launcher (loopback, a free port, DS_ACCELERATOR=cpu,
     no CUDA, one thread) and no process group yet. Raises `RankError` when a rank fails or `timeout` seconds are over.
+
+    exits: the function is a command, which leaves the process; the results are (exit code, output), a killed rank is no
+    failure (its code is the negative signal), and a process left behind by any is one.
     """
     if "<" in function.__qualname__:
         raise TypeError(f"{function.__qualname__} must be a function at the top level of its module")
@@ -44,6 +47,7 @@ def run_distributed(
         "kwargs": pickle.dumps(kwargs),
         "world_size": world_size,
         "timeout": timeout,
+        "exits": exits,
     }
     ok, answer = _forker().run(job, timeout + 60.0)
     if not ok:

@@ -4,6 +4,7 @@ Forking is safe as long as this process has a single thread, which is asserted: 
 none of the imports starts another, and nothing is computed here.
 """
 
+import contextlib
 import ctypes
 import faulthandler
 import importlib
@@ -20,6 +21,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 PRELOAD = (
     "torch.distributed",
     "deepspeed.pipe",
@@ -30,6 +33,8 @@ PRELOAD = (
 )
 GRACE_SECONDS = 2.0
 """How long the other ranks may go on after one has failed: enough for gloo to notice a lost peer."""
+ORPHAN_SECONDS = 10.0
+"""By then what the ranks started must be gone, too."""
 OUTPUT_TAIL = 4000
 """Characters of a rank's output in a report."""
 
@@ -38,7 +43,7 @@ class Rank:
     """One forked rank, seen from the forker."""
 
     def __init__(self, rank: int, job: dict[str, Any], port: int, folder: str) -> None:
-        self.rank = rank
+        self.rank, self.exits = rank, bool(job["exits"])
         self.output = Path(folder) / f"rank_{rank}.txt"
         self.result: bytes | None = None
         self.problem = ""
@@ -63,6 +68,9 @@ class Rank:
             _, status = os.waitpid(self.pid, 0)
             self.pid = 0
             code = os.waitstatus_to_exitcode(status)
+            if self.exits:
+                self.result = pickle.dumps((code, self.output.read_text(errors="replace")))
+                return
             self.problem = f"died of {signal.Signals(-code).name}" if code < 0 else f"left with exit code {code}"
             return
         if ok:
@@ -108,6 +116,7 @@ def _be_rank(rank: int, job: dict[str, Any], port: int, output: Path, connection
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=world, LOCAL_WORLD_SIZE=world, LOCAL_SIZE=world)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     code = 0
+    os.register_at_fork(after_in_child=connection.close)  # its end tells that this rank is gone
     try:
         function = getattr(sys.modules[job["module"]], job["name"])
         connection.send((True, pickle.dumps(function(**pickle.loads(job["kwargs"])))))
@@ -115,6 +124,8 @@ def _be_rank(rank: int, job: dict[str, Any], port: int, output: Path, connection
         connection.recv()
     except EOFError:
         code = 1
+    except SystemExit as end:
+        code = int(end.code or 0)
     except BaseException:
         connection.send((False, traceback.format_exc()))
         code = 1
@@ -142,43 +153,74 @@ def _reserved_port() -> socket.socket:
     return reserved
 
 
+def _orphans() -> list[str]:
+    """End what the ranks of the case started and left running (it is this process's child now), and name it."""
+    deadline, me = time.monotonic() + ORPHAN_SECONDS, psutil.Process()
+    while (left := _living(me)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    told = [f"{child.pid} {' '.join(child.cmdline())}" for child in left]
+    for child in left:
+        child.kill()
+    while me.children():
+        os.waitpid(-1, 0)
+    return told
+
+
+def _living(parent: psutil.Process) -> list[psutil.Process]:
+    found = []
+    for child in parent.children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if child.status() != psutil.STATUS_ZOMBIE:
+                found.append(child)
+    return found
+
+
 def _run(job: dict[str, Any], parent: Connection) -> tuple[bool, Any]:
     """Fork the ranks of one case and wait for them. The reports stand in the order in which the ranks failed."""
     _import(job)
     assert sys.platform != "linux" or len(os.listdir("/proc/self/task")) == 1
-    deadline = time.monotonic() + job["timeout"]
-    failed: list[Rank] = []
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder, _reserved_port() as reserved:
         port = int(reserved.getsockname()[1])
         ranks = [Rank(rank, job, port, folder) for rank in range(job["world_size"])]
         try:
-            while running := {rank.connection: rank for rank in ranks if rank.running}:
-                ready = wait([parent, *running], max(0.0, deadline - time.monotonic()))
-                if parent in ready:
-                    sys.exit("the test process is gone")
-                for connection in ready:
-                    rank = running[connection]  # type: ignore[index]
-                    rank.receive()
-                    if rank.problem:
-                        failed.append(rank)
-                        deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
-                if not ready:
-                    why = (
-                        f"was still running {GRACE_SECONDS:.0f} s after rank {failed[0].rank} failed" if failed else ""
-                    )
-                    for rank in running.values():
-                        rank.give_up(why or f"was still running after {job['timeout']:.0f} s")
-                    failed.extend(running.values())
-            if failed:
-                return False, "\n\n".join(rank.report() for rank in failed)
-            return True, [rank.result for rank in ranks]
+            failed = _wait_for(ranks, job["timeout"], parent)
+            report = "\n\n".join(rank.report() for rank in failed)
         finally:
             for rank in ranks:
                 rank.end()
+        orphans = _orphans()
+        if orphans and job["exits"]:
+            report += f"left behind {ORPHAN_SECONDS:.0f} s after the last rank had gone: {orphans}"
+        return (False, report) if report else (True, [rank.result for rank in ranks])
+
+
+def _wait_for(ranks: list[Rank], timeout: float, parent: Connection) -> list[Rank]:
+    """Until every rank has given its result; those that failed, or were given up."""
+    deadline = time.monotonic() + timeout
+    failed: list[Rank] = []
+    while running := {rank.connection: rank for rank in ranks if rank.running}:
+        ready = wait([parent, *running], max(0.0, deadline - time.monotonic()))
+        if parent in ready:
+            sys.exit("the test process is gone")
+        for connection in ready:
+            rank = running[connection]  # type: ignore[index]
+            rank.receive()
+            if rank.problem:
+                failed.append(rank)
+                deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
+        if not ready:
+            why = f"was still running {GRACE_SECONDS:.0f} s after rank {failed[0].rank} failed" if failed else ""
+            for rank in running.values():
+                rank.give_up(why or f"was still running after {timeout:.0f} s")
+            failed.extend(running.values())
+    return failed
 
 
 def main() -> None:
     parent = Connection(int(sys.argv[1]))
+    if sys.platform == "linux":
+        # What a rank leaves behind becomes a child of this process: PR_SET_CHILD_SUBREAPER = 36.
+        ctypes.CDLL(None).prctl(36, 1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # megatron-core's, about optional libraries
         for name in PRELOAD:
