@@ -169,8 +169,9 @@ def start(
     job = Job([], [tempfile.TemporaryFile() for _ in range(ranks)])
     for rank, log in enumerate(job.logs):
         own = os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        own["PYTHONPATH"] = str((roots or {}).get(rank, ROOT))
-        job.processes.append(subprocess.Popen(words, env=own, stdout=log, stderr=log, start_new_session=True))
+        root = (roots or {}).get(rank, ROOT)
+        own["PYTHONPATH"] = str(root)
+        job.processes.append(subprocess.Popen(words, cwd=root, env=own, stdout=log, stderr=log, start_new_session=True))
     return job
 
 
