@@ -224,6 +224,9 @@ class CheckpointConfig:
     """Keys of learning rate, schedule or data weights that may differ from the checkpoint's: [optimizer.lr]."""
     resume: str = "auto"
     """required | auto | never. auto continues from the newest valid step, and says so when there is none."""
+    step: int = 0
+    """Go back to this step, and to no other in its place; later ones are set aside (renamed). The same command again
+    goes on from where the run came to since. 0 = the newest."""
     init: str = ""
     """Weights to begin with at step 0: a run, one of its steps, or a Hugging Face folder. Resuming goes before it."""
 

@@ -144,6 +144,12 @@ def _check_trained(config: Config) -> None:
 
 
 def _check_guards(config: Config) -> None:
+    checkpoint = config.checkpoint
+    if checkpoint.step < 0 or (checkpoint.step and checkpoint.resume == "never"):
+        raise ConfigError(
+            f"checkpoint.step = {checkpoint.step} with checkpoint.resume = {checkpoint.resume}; expected a step to go "
+            "back to with auto or required, or 0 for the newest"
+        )
     for key in ("guards.spike", "guards.output_norm", "guards.limit", "watchdog.warn", "watchdog.timeout"):
         if _get(config, key) < 0:
             raise ConfigError(f"{key} = {_get(config, key)}; expected 0 or more")

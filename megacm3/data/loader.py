@@ -9,7 +9,7 @@ import hashlib
 import itertools
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -196,10 +196,13 @@ def _same(value: Any) -> Any:
     return value
 
 
-def check_resume(saved: dict[str, Any], stream: Stream) -> None:
-    """Raise CheckpointError, naming what differs, unless `saved` (a `Stream.description`) is that of `stream`."""
-    now = stream.description
-    differing = list(_paths(saved, now))
+def check_resume(saved: dict[str, Any], stream: Stream, free: Collection[str] = ()) -> None:
+    """Raise CheckpointError, naming what differs, unless `saved` (a `Stream.description`) is that of `stream`.
+
+    free: entries of the description that may differ.
+    """
+    before, now = ({k: v for k, v in tree.items() if k not in free} for tree in (saved, stream.description))
+    differing = list(_paths(before, now))
     if differing:
         listed = "; ".join(differing[:5])
         raise CheckpointError(

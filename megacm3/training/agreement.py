@@ -20,6 +20,7 @@ FREE = (
     "parallel",
     "deepspeed",
     "checkpoint",
+    "evaluation",
     "guards",
     "watchdog",
     "log",
@@ -61,6 +62,17 @@ NAMED = (
     "data.rotation",
 )
 """What it may change where checkpoint.override names it."""
+STREAM = {
+    "data.mixture.weight": ("stages",),
+    "data.mixture.store": ("stages", "stores"),
+    "data.stages": ("stages",),
+    "data.upsample": ("stages",),
+    "data.downsample": ("stages",),
+    "data.rotation": ("settings", "stages"),
+    "objective": ("settings", "stages"),
+    "retrieval": ("settings", "stages"),
+}
+"""Which entries of a stream's description such a key decides; the others must stay, whatever is named."""
 
 
 def versions() -> dict[str, str]:
@@ -157,6 +169,12 @@ def changed_keys(saved: dict[str, Any], config: Config) -> list[Change]:
             told = "; ".join(f"{c.key} was {c.was}, is now {c.now}" for c in changes[:8])
             raise CheckpointError(f"the config differs from the checkpoint's: {told}; {way}")
     return named
+
+
+def free_parts(override: list[str]) -> set[str]:
+    """The entries of a stream's description that may differ from the checkpoint's."""
+    keys = [key for key in STREAM for name in override if _under(key, [name]) or _under(name, [key])]
+    return {part for key in keys for part in STREAM[key]}
 
 
 def check_override(config: Config) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megacm3.checkpoint.commit import clear_leftovers, discover
+from megacm3.checkpoint.commit import discover
 from megacm3.checkpoint.reader import Checkpoint
 from megacm3.checkpoint.store import Saver, load
 from megacm3.config import Config, total_steps
@@ -24,11 +24,12 @@ from megacm3.parallel.context import ParallelContext
 from megacm3.parallel.engine import Engine
 from megacm3.parallel.replicated import check_replicas
 from megacm3.resolve import save_config
-from megacm3.training.agreement import changed_keys, versions
+from megacm3.training.agreement import changed_keys, free_parts, versions
 from megacm3.training.guards import Guards, RollBack
 from megacm3.training.held_out import HeldOut, open_held_out
 from megacm3.training.lock import FolderLock
 from megacm3.training.metrics import Metrics
+from megacm3.training.resume import choose_step, on_main
 from megacm3.training.start import begin_with, run_tokenizers
 from megacm3.training.watchdog import Watchdog
 
@@ -139,6 +140,7 @@ class Run:
             "init": self.init,
             "guards": self.guards.state(),
             "overrides": self.overrides,
+            "went_back": self.config.checkpoint.step,
             "versions": versions(),
         }
         self.watchdog.phase("save")
@@ -185,34 +187,25 @@ class Run:
             log.info("saved %s in %.1f s; the training waited %.1f s", path, self.saver.total, self._stall)
 
     def resume(self) -> None:
-        """Continue from the newest valid checkpoint, as checkpoint.resume says; else begin with checkpoint.init.
+        """Continue from a valid checkpoint, as checkpoint.resume and .step say; else begin with checkpoint.init.
 
-        Collective. Raises CheckpointError when one is required and there is none, or when what was saved does not fit.
+        Collective. Raises CheckpointError when the one asked for is not there, or when what was saved does not fit.
         """
-        wanted, folder = self.config.checkpoint.resume, self.out / "checkpoints"
-        if self.is_main and folder.is_dir():
-            clear_leftovers(folder)
-        found = discover(folder) if wanted != "never" else []
-        if not found:
-            if wanted == "required":
-                raise CheckpointError(
-                    f"checkpoint.resume = required, but {folder} holds no valid checkpoint; "
-                    "set checkpoint.resume=auto to start from the beginning"
-                )
-            if self.config.checkpoint.init:
-                self.init = begin_with(self.engine, self.context, self.config, self.stream)
-            elif self.is_main:
-                log.info("no checkpoint in %s: starting from step 0 with seed %d", folder, self.config.train.seed)
-            self.engine.poison.step = 1
-            return
-        self._continue(found[0])
+        folder, settings = self.out / "checkpoints", self.config.checkpoint
+        found = on_main(self.context, lambda: choose_step(folder, settings))
+        if found is not None:
+            return self._continue(found)
+        if settings.init:
+            self.init = begin_with(self.engine, self.context, self.config, self.stream)
+        elif self.is_main:
+            log.info("no checkpoint in %s: starting from step 0 with seed %d", folder, self.config.train.seed)
+        self.engine.poison.step = 1
 
     def _continue(self, path: Path) -> None:
         saved = Checkpoint(path)
         changes = changed_keys(saved.config, self.config)
         state = load(self.engine, self.context, path)
-        if not any(change.key.split(".")[0] in ("data", "retrieval", "objective") for change in changes):
-            check_resume(state["stream"], self.stream)
+        check_resume(state["stream"], self.stream, free_parts(self.config.checkpoint.override))
         self.step, self.tokens, self._sequence = state["step"], state["tokens"], state["sequence"]
         self.engine.poison.step = self.step + 1
         self.init = state.get("init")
@@ -231,13 +224,13 @@ class Run:
     def roll_back(self, wish: RollBack) -> None:
         """Go back to the newest checkpoint and leave out the sequences that made it necessary. Collective."""
         self.saver.finish()
-        found = discover(self.out / "checkpoints")
-        if not found:
+        found = on_main(self.context, lambda: next(iter(discover(self.out / "checkpoints")), None))
+        if found is None:
             raise Diverged(f"{wish} made a step that is not finite, and there is no checkpoint to go back to")
         self.guards.left_out.append([wish.first, wish.end])
         if self.is_main:
-            log.warning("going back to %s; %s are left out from now on", found[0], wish)
-        self._continue(found[0])
+            log.warning("going back to %s; %s are left out from now on", found, wish)
+        self._continue(found)
 
     def _check_probe(self, state: dict[str, Any], path: Path) -> None:
         then, now = state["probe_loss"], self._probe()

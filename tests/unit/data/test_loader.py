@@ -167,6 +167,9 @@ def test_another_stream_is_refused_on_resume() -> None:
         check_resume(source.description, stream(spans=0.0))
     with pytest.raises(CheckpointError, match=r"stages\[0\]\.weights\[0\] was 1\.0, is now 2\.0"):
         check_resume(source.description, stream(weight=2.0))
+    check_resume(source.description, stream(weight=2.0), {"stages"})
+    with pytest.raises(CheckpointError, match=r"settings\.spans"):
+        check_resume(source.description, stream(spans=0.0), {"stages"})
     other = {**source.description, "stores": [{"store": "xyz", "documents": 200}]}
     with pytest.raises(CheckpointError, match=r"stores\[0\]\.store was xyz, is now abc"):
         check_resume(other, source)

@@ -7,7 +7,7 @@ import pytest
 
 from megacm3.errors import CheckpointError, ConfigError
 from megacm3.resolve import load_config
-from megacm3.training.agreement import changed_keys, check_override
+from megacm3.training.agreement import changed_keys, check_override, free_parts
 
 BASE = ["model.preset=tiny_cm3leon", "train.steps=10", "data.mixture=[{store: a, weight: 1.0}, {store: b}]"]
 
@@ -19,7 +19,12 @@ def changes(*overrides: str, saved: dict[str, Any] | None = None) -> list[tuple[
 
 def test_layout_places_and_operation_are_free() -> None:
     free = ["parallel.tensor=2", "train.micro_batch=2", "log.every=7", "guards.spike=3", "checkpoint.keep=9"]
-    moved = ["data.mixture=[{store: c, weight: 1.0}, {store: d}]", "data.workers=0", "watchdog.timeout=9"]
+    moved = [
+        "data.mixture=[{store: c, weight: 1.0}, {store: d}]",
+        "data.workers=0",
+        "watchdog.timeout=9",
+        "evaluation.every=7",
+    ]
     assert changes(*free, *moved) == []
 
 
@@ -36,6 +41,13 @@ def test_schedule_and_weights_must_be_named() -> None:
         changes(*given, "checkpoint.override=[optimizer.schedule]")
     found = changes(*given, "checkpoint.override=[optimizer.schedule, data.mixture]")
     assert ("data.mixture.0.weight", 1.0, 3.0) in found and ("optimizer.schedule.warmup", 10, 5) in found
+
+
+def test_what_is_named_frees_only_what_it_decides_of_the_stream() -> None:
+    assert free_parts([]) == free_parts(["optimizer.lr", "train.steps"]) == set()
+    assert free_parts(["data.mixture.weight"]) == free_parts(["data.stages"]) == {"stages"}
+    assert free_parts(["data.mixture"]) == {"stages", "stores"}
+    assert free_parts(["objective.spans"]) == free_parts(["retrieval"]) == {"settings", "stages"}
 
 
 def test_a_name_that_can_never_change_is_refused() -> None:
