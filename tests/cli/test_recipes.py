@@ -101,6 +101,38 @@ def test_one_machine_a_signal_and_the_same_command_again(config: Path, tmp_path:
     assert last_step(out) == reached + 2
 
 
+def ranks_of(script: int) -> list[psutil.Process]:
+    """The trainer's ranks below a script; their loader processes, which have the same words, are left out."""
+    below = psutil.Process(script).children(recursive=True)
+    named = [process for process in below if any(word.startswith("--local_rank=") for word in process.cmdline())]
+    return [process for process in named if process.ppid() not in {p.pid for p in named}]
+
+
+@pytest.mark.long
+def test_one_machine_a_lost_and_a_stopped_rank_are_started_again(config: Path, tmp_path: Path) -> None:
+    out, log = tmp_path / "run", tmp_path / "log.txt"
+    keys = [f"train.out={out}", "checkpoint.every=5", "train.stop_at=60", "data.workers=1"]
+    command = ["bash", str(ROOT / "examples" / "pretrain.sh"), str(config), *keys]
+    with (
+        log.open("w") as printed,
+        subprocess.Popen(
+            command, env=environment(RANKS="2", RESTARTS="3"), stdout=printed, stderr=subprocess.STDOUT
+        ) as process,
+    ):
+        for start, number in ((1, signal.SIGKILL), (2, signal.SIGTERM)):
+            until = time.monotonic() + 120
+            while log.read_text().count("step_0000") < start or not ranks_of(process.pid):
+                assert process.poll() is None and time.monotonic() < until, log.read_text()
+                time.sleep(0.1)
+            ranks_of(process.pid)[1].send_signal(number)
+            while f"start {start + 1} of at most 4" not in log.read_text():
+                assert process.poll() is None and time.monotonic() < until, log.read_text()
+                time.sleep(0.1)
+        assert process.wait(timeout=120) == 0, log.read_text()
+    said = log.read_text()
+    assert "exit code 75: start 3 of at most 4" in said and last_step(out) == 60
+
+
 def test_one_machine_a_config_error_is_not_tried_again(config: Path) -> None:
     command = ["bash", str(ROOT / "examples" / "pretrain.sh"), str(config), "train.stepz=3"]
     done = subprocess.run(command, env=environment(RANKS="2"), capture_output=True, text=True, timeout=120)
