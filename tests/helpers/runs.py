@@ -18,7 +18,7 @@ import torch
 
 from megacm3.faults import VARIABLE
 from tests.helpers.distributed import ROOT, run_distributed
-from tests.helpers.stores import make_neighbours, make_store
+from tests.helpers.stores import make_store
 from tests.helpers.tools import run_tool
 
 
@@ -37,20 +37,19 @@ class Outcome:
         return [line.removeprefix("error: ") for line in self.log.splitlines() if line.startswith("error: ")]
 
 
-def write_config(folder: Path, *, retrieval: bool = False, **changes: str) -> Path:
+def write_config(folder: Path, **changes: str) -> Path:
     """A store of 64 small documents and a config over it: 8 steps of 8 sequences, saved every second one, with dropout,
-    recompute and CM3 masks, with `retrieval` also retrieved documents. changes: other sections of the YAML, by name.
+    recompute and CM3 masks. changes: other sections of the YAML, by name.
     """
     store = make_store(folder / "store", documents=64, text_size=256, codebook_size=128, image_tokens=16)
-    neighbours = make_neighbours(folder, store, 64) if retrieval else '""'
     sections = {
         "model": "{preset: tiny_modern, layers: 2, dropout: 0.1, vocab_size: 512, sequence_length: 96}",
         "deepspeed": f"{ROOT}/ds_configs/zero1.json",
         "parallel": "{recompute: full}",
-        "data": f"{{mixture: [{{store: {store}, neighbours: {neighbours}}}], packing: whole, workers: 0}}",
+        "data": f"{{mixture: [{{store: {store}}}], packing: whole, workers: 0}}",
         "optimizer": "{lr: 1.0e-2, schedule: {warmup: 2}}",
         "train": "{steps: 8, micro_batch: 2, global_batch: 8, dtype: fp32, device: cpu}",
-        "retrieval": "{documents: [0.25, 0.25, 0.25, 0.25]}" if retrieval else "{documents: [1, 0, 0, 0]}",
+        "retrieval": "{documents: [1, 0, 0, 0]}",
         "checkpoint": "{every: 2, keep: 0}",
         "log": "{every: 1, tensorboard: false}",
     }
