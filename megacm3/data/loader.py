@@ -186,6 +186,7 @@ class Loader:
 
 def _begin_worker(_: int) -> None:
     """A worker leaves signals to the trainer, and dies with it, however that ends: it holds copies of its sockets."""
+    signal.set_wakeup_fd(-1)  # the trainer's
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     if sys.platform == "linux":
