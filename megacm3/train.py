@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
 
         from megacm3.model.kernels import set_environment
         from megacm3.parallel.cpu import choose_device, prepare
-        from megacm3.parallel.room import check_room
+        from megacm3.planning.room import check_room
 
         set_environment(config)
         device = choose_device(config.train.device)

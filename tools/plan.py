@@ -51,8 +51,8 @@ def main(arguments: list[str] | None = None) -> int:
     given = _parser().parse_args(arguments)
 
     from megacm3.errors import ConfigError
-    from megacm3.plan import gpu, make_plan, suggest
-    from megacm3.plan_text import dry_run_lines, report, suggestion_lines
+    from megacm3.planning.plan import gpu, make_plan, suggest
+    from megacm3.planning.text import dry_run_lines, report, suggestion_lines
     from megacm3.resolve import load_config
 
     if given.gpus < 1:

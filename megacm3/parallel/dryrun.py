@@ -115,7 +115,7 @@ def dry_run(config: Config, world: int, seen: Callable[[RankReport], None] = lam
 
     Raises ConfigError for a layout that is not legal, or when the ranks together do not hold every tensor exactly.
     """
-    from megacm3.estimate import parameters
+    from megacm3.planning.counts import parameters
 
     begun, reports = time.monotonic(), []
     data = check_world(config, world)

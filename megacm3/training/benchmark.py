@@ -16,7 +16,7 @@ from typing import Any
 
 from megacm3.config import Config
 from megacm3.errors import ConfigError
-from megacm3.estimate import sequence_flops
+from megacm3.planning.counts import sequence_flops
 from megacm3.resolve import load_config
 
 SHAPE = [

@@ -1,4 +1,4 @@
-"""What devices can do at most; what a model needs is in megacm3/estimate.py."""
+"""What devices can do at most; what a model needs is in megacm3/planning/counts.py."""
 
 import re
 

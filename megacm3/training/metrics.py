@@ -11,9 +11,9 @@ from typing import Any
 
 from megacm3.config import Config, total_steps
 from megacm3.errors import Megacm3Error
-from megacm3.estimate import flops_per_token
 from megacm3.files import new_file
 from megacm3.parallel.engine import StepResult
+from megacm3.planning.counts import flops_per_token
 from megacm3.training.flops import peak_flops
 from megacm3.training.ranks import Ranks
 from megacm3.training.report import ReportWriter

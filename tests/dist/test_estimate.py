@@ -8,16 +8,10 @@ from typing import Any
 
 import pytest
 
-from megacm3.estimate import (
-    activation_bytes,
-    buffer_bytes,
-    hand_off_bytes,
-    layout_of,
-    rank_parameters,
-    state_bytes,
-)
+from megacm3.planning.layout import layout_of, rank_parameters
+from megacm3.planning.memory import activation_bytes, buffer_bytes, hand_off_bytes, state_bytes
 from megacm3.resolve import load_config
-from megacm3.traffic import step_traffic
+from megacm3.planning.traffic import step_traffic
 from tests.helpers.distributed import run_distributed
 from tests.helpers.layouts import path_of
 

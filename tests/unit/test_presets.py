@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megacm3 import presets
-from megacm3.estimate import logical_shapes, parameters
+from megacm3.planning.counts import logical_shapes, parameters
 from megacm3.resolve import load_config
 
 COUNTS = {

@@ -3,10 +3,11 @@
 import pytest
 
 from megacm3.errors import ConfigError
-from megacm3.estimate import layout_of, parameters, rank_parameters, sequence_flops
 from megacm3.parallel.dryrun import DryRun, count_once, dry_run
+from megacm3.planning.counts import parameters, sequence_flops
+from megacm3.planning.layout import layout_of, rank_parameters
+from megacm3.planning.traffic import tensor_traffic
 from megacm3.resolve import load_config
-from megacm3.traffic import tensor_traffic
 
 SP = "parallel.sequence=true"
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from megacm3.config import Config
-from megacm3.estimate import flops_per_token
 from megacm3.parallel.engine import StepResult
+from megacm3.planning.counts import flops_per_token
 from megacm3.resolve import load_config
 from megacm3.training.flops import peak_flops
 from megacm3.training.metrics import Metrics, step_metrics

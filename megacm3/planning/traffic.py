@@ -1,4 +1,4 @@
-"""What one rank hands to each kind of communication in a step. Pure functions; figures as in estimate.py.
+"""What one rank hands to each kind of communication in a step. Pure functions; figures as in memory.py.
 
 Bytes are those of the whole tensor: what an all-reduce sums, an all-gather ends with, a reduce-scatter begins with.
 tests/unit/parallel/test_dryrun.py compares the tensor axis with collectives counted on the meta device, to the digit;
@@ -9,7 +9,9 @@ are left out, and what DeepSpeed sends through a group of one rank.
 from dataclasses import dataclass
 
 from megacm3.config import Config
-from megacm3.estimate import CHUNK, Layout, gathered, table_rows
+from megacm3.planning.counts import table_rows
+from megacm3.planning.layout import Layout, gathered
+from megacm3.planning.memory import CHUNK
 
 
 @dataclass(frozen=True)

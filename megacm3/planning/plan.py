@@ -1,7 +1,7 @@
 """The whole plan of a run: what the ranks of each stage hold and hand on, how long a step might take, what fits.
 
-Bytes, FLOPs and collectives are those of estimate.py and traffic.py, which say what tests hold them to. Times and the
-order of suggestions are derived from data sheets and were not measured on GPUs.
+Bytes, FLOPs and collectives are those of counts.py, memory.py and traffic.py, which say what tests hold them to. Times
+and the order of suggestions are derived from data sheets and were not measured on GPUs.
 """
 
 import itertools
@@ -11,19 +11,12 @@ from pathlib import Path
 
 from megacm3.config import Config, ParallelConfig
 from megacm3.errors import ConfigError
-from megacm3.estimate import (
-    Layout,
-    Memory,
-    activation_bytes,
-    bubble,
-    buffer_bytes,
-    layout_of,
-    rank_parameters,
-    sequence_flops,
-    state_bytes,
-)
+from megacm3.parallel.deepspeed_json import DEFAULT_JSON
+from megacm3.planning.counts import sequence_flops
+from megacm3.planning.layout import Layout, bubble, layout_of, rank_parameters
+from megacm3.planning.memory import Memory, activation_bytes, buffer_bytes, state_bytes
+from megacm3.planning.traffic import Traffic, step_traffic
 from megacm3.rules import check
-from megacm3.traffic import Traffic, step_traffic
 from megacm3.training.flops import PEAKS
 
 GB = 2**30
@@ -133,9 +126,9 @@ def make_plan(config: Config, world: int) -> Plan:
 
 def with_layout(config: Config, parallel: ParallelConfig, zero: int, micro_batch: int) -> Config:
     """A config cut differently; `zero` names a file of ds_configs/. Raises ConfigError when a rule forbids it."""
-    folder = Path(__file__).resolve().parent.parent / "ds_configs"
     train = replace(config.train, micro_batch=micro_batch)
-    made = replace(config, parallel=parallel, train=train, deepspeed=str(folder / f"zero{zero}.json"))
+    json = DEFAULT_JSON.with_name(f"zero{zero}.json")
+    made = replace(config, parallel=parallel, train=train, deepspeed=str(json))
     check(made)
     return made
 

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 
 from megacm3.errors import ConfigError
-from megacm3.estimate import parameters
-from megacm3.plan import GB, GPUS, USABLE, describe, gpu, layouts, make_plan, suggest
-from megacm3.plan_text import report
+from megacm3.planning.counts import parameters
+from megacm3.planning.plan import GB, GPUS, USABLE, describe, gpu, layouts, make_plan, suggest
+from megacm3.planning.text import report
+from megacm3.planning.traffic import Traffic
 from megacm3.resolve import load_config
-from megacm3.traffic import Traffic
 from tests.helpers.tools import run_tool
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 H100 = GPUS["h100-80g"]
 
 

@@ -6,7 +6,8 @@ import torch
 
 from megacm3.config import Config
 from megacm3.errors import ConfigError
-from megacm3.estimate import Layout, layout_of, rank_parameters, state_bytes
+from megacm3.planning.layout import Layout, layout_of, rank_parameters
+from megacm3.planning.memory import state_bytes
 
 
 def least_bytes(config: Config, layout: Layout) -> tuple[int, int]:

@@ -1,9 +1,10 @@
 """A plan in words and tables, for tools/plan.py."""
 
-from megacm3.estimate import bubble, flops_per_token, forward_flops, parameters, sequence_flops
 from megacm3.parallel.dryrun import DryRun
-from megacm3.plan import EFFICIENCY, GB, USABLE, Gpu, Plan, describe
-from megacm3.traffic import tensor_traffic
+from megacm3.planning.counts import flops_per_token, forward_flops, parameters, sequence_flops
+from megacm3.planning.layout import bubble
+from megacm3.planning.plan import EFFICIENCY, GB, USABLE, Gpu, Plan, describe
+from megacm3.planning.traffic import tensor_traffic
 
 
 def _table(rows: list[list[str]]) -> list[str]:

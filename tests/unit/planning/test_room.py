@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from megacm3.errors import ConfigError
-from megacm3.estimate import layout_of
-from megacm3.parallel.room import check_room, least_bytes
+from megacm3.planning.layout import layout_of
+from megacm3.planning.room import check_room, least_bytes
 from megacm3.resolve import load_config
 from tests.helpers.layouts import path_of
 

@@ -10,23 +10,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megacm3.config import Config
 from megacm3.errors import ConfigError
-from megacm3.estimate import (
-    activation_bytes,
-    bubble,
-    flops_per_token,
-    forward_flops,
-    layout_of,
-    logical_shapes,
-    rank_parameters,
-    sequence_flops,
-    stage_names,
-    state_bytes,
-)
 from megacm3.model.block import pack
 from megacm3.model.loss import LossState
 from megacm3.model.stages import Network, list_stages
 from megacm3.parallel.context import ParallelContext, build_context
 from megacm3.parallel.dryrun import FORMULAS
+from megacm3.planning.counts import flops_per_token, forward_flops, logical_shapes, sequence_flops
+from megacm3.planning.layout import bubble, layout_of, rank_parameters, stage_names
+from megacm3.planning.memory import activation_bytes, state_bytes
 from megacm3.resolve import load_config
 from tests.helpers.memory import live_bytes
 

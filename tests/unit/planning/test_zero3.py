@@ -2,7 +2,7 @@
 
 import pytest
 
-from megacm3.plan_zero3 import gathering, micro_batch_order
+from megacm3.planning.zero3 import gathering, micro_batch_order
 
 SIZES = (("embed", 8), ("a", 1), ("b", 2), ("c", 4), ("head", 8))
 FAR = 10**9

@@ -1,0 +1,1 @@
+"""What a run costs before any GPU is rented: parameters, FLOPs, bytes on each rank, communication, time."""
