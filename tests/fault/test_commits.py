@@ -94,6 +94,20 @@ def test_03_a_shard_is_changed_after_the_commit(how: str, copy: Path, config: Pa
     assert newest(copy) == "step_000006"  # nothing was changed
 
 
+def test_03_a_step_that_is_asked_for_is_that_one_or_none(copy: Path, config: Path, unbroken: Path) -> None:
+    folder = copy / "checkpoints"
+    os.truncate(folder / "step_000004/rank_00001.safetensors", 1000)
+    error = the_error(train_ranks(config, copy, "checkpoint.step=4"), 4)
+    assert f"checkpoint.step = 4, but {folder}/step_000004 is not a valid checkpoint" in error
+    assert newest(copy) == "step_000008"  # nothing was changed
+    again = train_ranks(config, copy, "checkpoint.step=2")
+    finished(again)
+    assert f"resumed {folder}/step_000002" in again[0].log
+    assert sorted(path.name for path in folder.glob("*.aside")) == ["step_000006.aside", "step_000008.aside"]
+    assert curve(copy) == curve(unbroken)
+    assert not differing(folder / "step_000008", unbroken / "checkpoints/step_000008")
+
+
 def test_04_a_rank_s_shard_is_deleted(copy: Path, config: Path, unbroken: Path) -> None:
     shard = copy / "checkpoints/step_000008/rank_00001.safetensors"
     shard.unlink()
