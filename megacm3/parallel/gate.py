@@ -18,6 +18,8 @@ def gradients(optimizer: Any, zero_stage: int) -> list[torch.Tensor]:
     if zero_stage == 0:
         groups = getattr(optimizer, "fp16_groups", None) or [group["params"] for group in optimizer.param_groups]
         return [p.grad for group in groups for p in group if p.grad is not None]
+    if hasattr(optimizer, "fp32_groups_gradient_flat_partition"):  # bf16 with ZeRO-1
+        return list(optimizer.fp32_groups_gradient_flat_partition)
     if getattr(optimizer, "cpu_offload", False) or getattr(optimizer, "offload_optimizer", False):
         if hasattr(optimizer, "_wait_for_offload_copies"):
             optimizer._wait_for_offload_copies()
@@ -51,6 +53,11 @@ class Gate:
 
     def _ask(self, *arguments: Any, **more: Any) -> Any:
         self._closed = self._is_refused(are_finite(gradients(self._optimizer, self._zero_stage)))
+        if self._closed and hasattr(self._optimizer, "clear_hp_grads"):
+            # After a first step without an update, its own step would look for states that are not there.
+            self._optimizer.clear_hp_grads()
+            self._optimizer.clear_lp_grads()
+            return None
         return self._outer_step(*arguments, **more)
 
     def _update(self, *arguments: Any, **more: Any) -> Any:

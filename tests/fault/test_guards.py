@@ -43,6 +43,7 @@ LAYOUTS = {
     "zero0": (2, [zero(0)]),
     "zero0-bf16": (2, [zero(0), "train.dtype=bf16"]),
     "zero1": (2, []),
+    "zero1-bf16": (2, ["train.dtype=bf16"]),
     "zero2-bf16": (2, [zero(2), "train.dtype=bf16"]),
     "zero3": (2, [zero(3)]),
     "tp2": (2, ["parallel.tensor=2"]),
@@ -82,8 +83,9 @@ def test_13_an_infinite_gradient_on_one_rank(layout: str, config: Path, tmp_path
     assert culprit.startswith("first not finite: the gradient of") and culprit.endswith("on rank 0"), culprit
 
 
-def test_12_the_first_step_may_be_refused(config: Path, tmp_path: Path) -> None:
-    keys = ["checkpoint.every=1", "train.steps=2"]
+@pytest.mark.parametrize("layout", ["zero1", "zero1-bf16"])
+def test_12_the_first_step_may_be_refused(layout: str, config: Path, tmp_path: Path) -> None:
+    keys = [*LAYOUTS[layout][1], "checkpoint.every=1", "train.steps=2"]
     finished(train_ranks(config, tmp_path, *keys, fault="output:rank=1:step=1:nan"))
     assert steps(tmp_path) == [2]
 

@@ -127,7 +127,10 @@ def _be_rank(rank: int, job: dict[str, Any], port: int, output: Path, connection
     except SystemExit as end:
         code = int(end.code or 0)
     except BaseException:
-        connection.send((False, traceback.format_exc()))
+        if job["exits"]:
+            traceback.print_exc()
+        else:
+            connection.send((False, traceback.format_exc()))
         code = 1
     sys.stdout.flush()
     sys.stderr.flush()
