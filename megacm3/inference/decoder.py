@@ -135,7 +135,7 @@ class Decoder:
         a = self.architecture
         rows, width, _ = x.shape
         heads = linear(x, layer.qkv).view(rows, width, a.heads + 2 * a.kv_heads, a.head_dim)
-        q, k, v = heads.split([a.heads, a.kv_heads, a.kv_heads], dim=2)
+        q, k, v = heads.split_with_sizes([a.heads, a.kv_heads, a.kv_heads], dim=2)
         q, k = self._head_norm(q, layer.q_norm), self._head_norm(k, layer.k_norm)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if rotary is not None:
@@ -170,8 +170,10 @@ class _Plan:
     ):
         rows, end = len(starts), max(s + c for s, c in zip(starts, counts, strict=True))
         assert len(counts) == rows and first_row + rows <= cache.rows and end <= cache.slots
-        self.cache, self.end = cache, end
-        self.rows = slice(first_row, first_row + rows)
+        self.cache = cache
+        # One view a layer of all that these rows hold, made once: cutting them out in each layer takes longer.
+        held = slice(first_row, first_row + rows)
+        self.keys, self.values = (side[:, held, :, :end].unbind() for side in (cache.keys, cache.values))
         offsets = torch.arange(width, device=device)
         self.uniform = min(starts) == max(starts) and min(counts) == width
         self.causal, self.mask = False, None
@@ -179,6 +181,8 @@ class _Plan:
             # All rows stand at one position: the cache is written by a slice, and a single token sees all of it.
             self.start = starts[0]
             self.positions = (offsets + self.start)[None]  # [1, T]
+            new = slice(self.start, end)
+            self.new_keys, self.new_values = (side[:, held, :, new].unbind() for side in (cache.keys, cache.values))
             self.causal = self.start == 0 and width > 1
             if self.start > 0 and width > 1:
                 self.mask = torch.arange(end, device=device) <= self.positions[0, :, None]
@@ -192,14 +196,13 @@ class _Plan:
 
     def store(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Write k, v [R, K, T, d] into the cache; returns all that these rows hold, [R, K, end, d]."""
-        keys, values = self.cache.keys[layer], self.cache.values[layer]
         if self.uniform:
-            keys[self.rows, :, self.start : self.end] = k
-            values[self.rows, :, self.start : self.end] = v
+            self.new_keys[layer].copy_(k)
+            self.new_values[layer].copy_(v)
         else:
-            keys[self.row_index, :, self.slot_index] = k.transpose(1, 2)
-            values[self.row_index, :, self.slot_index] = v.transpose(1, 2)
-        return keys[self.rows, :, : self.end], values[self.rows, :, : self.end]
+            self.cache.keys[layer][self.row_index, :, self.slot_index] = k.transpose(1, 2)
+            self.cache.values[layer][self.row_index, :, self.slot_index] = v.transpose(1, 2)
+        return self.keys[layer], self.values[layer]
 
 
 def _rotary_table(a: Architecture, device: torch.device) -> torch.Tensor:

@@ -43,6 +43,9 @@ def linear(x: torch.Tensor, weight: Weight) -> torch.Tensor:
     if isinstance(weight, Int8Weight):
         return weight(x)
     rows = x.numel() // x.shape[-1]
-    if rows in FEW_ROWS and weight.device.type == "cpu" and weight.dtype == torch.float32:
-        return (weight @ x.reshape(rows, -1).t()).t().reshape(*x.shape[:-1], -1)
+    if weight.device.type == "cpu" and weight.dtype == torch.float32:
+        if rows == 1:
+            return torch.mv(weight, x.reshape(-1)).view(*x.shape[:-1], -1)
+        if rows in FEW_ROWS:
+            return (weight @ x.reshape(rows, -1).t()).t().reshape(*x.shape[:-1], -1)
     return F.linear(x, weight)
