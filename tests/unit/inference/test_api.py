@@ -19,6 +19,7 @@ from megacm3.data.documents import (
 from megacm3.errors import CheckpointError, ConfigError, DataError
 from megacm3.inference import requests
 from megacm3.inference.api import Generator
+from megacm3.inference.asks import RequestMaker
 from megacm3.inference.guidance import ClassifierFree, ThreeStream
 from megacm3.inference.pieces import Wish
 from megacm3.inference.requests import Mask
@@ -73,9 +74,9 @@ def test_a_tuned_model_is_asked_for_a_text_as_it_was_taught(hf_folder, tmp_path)
     question = tuned.text_tokenizer.encode("a red")
     own = Document(0, (Segment(IMAGE, PICTURE), text(*question), Segment(TEXT, np.array([5]), answer=True)))
     sample = Layout(tuned.vocabulary, turns=True).assemble([own])[0].tolist()
-    ids, _ = tuned._caption_prompt(PICTURE, "a red", ())
+    ids, _ = RequestMaker(tuned).caption_prompt(PICTURE, "a red", ())
     assert list(ids) == sample[: len(ids)] and ids[-1] == tuned.vocabulary.end_of_turn
-    assert base._caption_prompt(PICTURE, "a red", ())[0][-1] == base.vocabulary.sentinel(0)
+    assert RequestMaker(base).caption_prompt(PICTURE, "a red", ())[0][-1] == base.vocabulary.sentinel(0)
 
 
 def test_picture_prompt_equals_the_shared_builder(both):
