@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from dataclasses import dataclass
+from multiprocessing import AuthenticationError
 from multiprocessing.connection import Listener, wait
 from typing import Any
 
@@ -71,8 +72,11 @@ class Hub:
             self._thread.join(timeout)
 
     def _serve(self) -> None:
-        for _ in range(self._world):
-            newcomer = self._listener.accept()
+        while len(self._peers) < self._world:
+            try:
+                newcomer = self._listener.accept()
+            except (AuthenticationError, EOFError, OSError):
+                continue  # a stranger: something on the network that tries every port
             hello = json.loads(newcomer.recv_bytes())
             place = f"{hello['host']}, process {hello['pid']}"
             self._peers[newcomer] = _Peer(hello["rank"], place, time.monotonic())
