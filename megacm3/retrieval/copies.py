@@ -29,8 +29,11 @@ def held_out_copies(bank: MemoryBank, held_out: Sequence[str], duplicate: float)
         copies |= np.fromiter((name in pictures for name in _pictures(bank)), bool, len(bank))
         for start in range(0, len(other), _QUERIES):
             vectors = other.embeddings.documents(np.arange(start, min(start + _QUERIES, len(other))))
-            scores, ids = bank.search(vectors, min(_NEAR, len(bank)))
-            copies[bank.metadata.rows(ids[(scores >= duplicate) & (ids >= 0)])] = True
+            rows = bank.metadata.rows(bank.search(vectors, min(_NEAR, len(bank)))[1])
+            # By the stored vectors: the index rounds its scores.
+            needed, places = np.unique(np.maximum(rows, 0), return_inverse=True)
+            near = bank.embeddings.documents(needed)[places.reshape(rows.shape)]
+            copies[rows[(rows >= 0) & (np.einsum("nd,nkd->nk", vectors, near) >= duplicate)]] = True
     return copies
 
 

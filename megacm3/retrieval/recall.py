@@ -51,6 +51,8 @@ def measure_recall(
             break
     enough = min(AIM, max(min(found.values()) for found in table.values()) - _CLOSE)
     chosen = next(lists for lists, found in table.items() if min(found.values()) >= enough)
+    if isinstance(index, FaissShards):
+        index.nprobe = chosen
     found = table[chosen]
     if min(found.values()) < TARGET_RECALL:
         logger.warning(

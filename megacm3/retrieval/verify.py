@@ -12,6 +12,7 @@ from megacm3.errors import ConfigError, DataError
 from megacm3.files import MANIFEST, read_json, read_manifest
 from megacm3.retrieval.bank import KIND as BANK_KIND
 from megacm3.retrieval.bank import MemoryBank, caption_hash, part_file
+from megacm3.retrieval.copies import held_out_copies
 from megacm3.retrieval.encoder import KIND as ENCODER_KIND
 from megacm3.retrieval.neighbour_blocks import plan
 from megacm3.retrieval.neighbours import IMAGE, TEXT, NeighbourTable, part_path
@@ -43,6 +44,10 @@ class NeighbourCheck:
     candidates: int
     recomputed: int
     """Documents whose lists were computed again and came out the same; 0 when the bank was not at hand."""
+    held_out: int
+    """Documents marked as copies of held-out ones."""
+    held_out_banks: int
+    """Held-out banks from which the marks were found again; 0 when not all of them were at hand."""
 
 
 def verify_bank(folder: str | Path) -> BankCheck:
@@ -107,16 +112,31 @@ def verify_neighbours(
         raise ConfigError(f"share = {share}; expected a number between 0 and 1")
     candidates = _check_lists(table)
     found = Path(bank) if bank else find_beside(Path(folder), BANK_KIND, table.inputs.get("bank", ""))
-    recomputed = 0
+    recomputed = banks = 0
     asking = find_beside(Path(folder), BANK_KIND, table.inputs["queries"]) if table.foreign else None
-    if found is not None and share > 0 and (asking is not None or not table.foreign):
+    if found is not None:
         opened = MemoryBank.open(found)
         if opened.fingerprint != table.inputs.get("bank"):
             raise DataError(
                 f"{folder} was made with bank {table.inputs.get('bank', '')[:12]}; {found} is {opened.fingerprint[:12]}"
             )
-        recomputed = _recompute(table, opened, str(asking or ""), str(encoder), share)
-    return NeighbourCheck(len(table), 1 + table.variants, candidates, recomputed)
+        if share > 0 and (asking is not None or not table.foreign):
+            recomputed = _recompute(table, opened, str(asking or ""), str(encoder), share)
+        banks = _check_marks(table, opened)
+    marked = int(table.metadata.held_out.sum())
+    return NeighbourCheck(len(table), 1 + table.variants, candidates, recomputed, marked, banks)
+
+
+def _check_marks(table: NeighbourTable, bank: MemoryBank) -> int:
+    """Find the copies of held-out documents again; gives the number of their banks, 0 where not all lie beside."""
+    names = [name for name in table.inputs if name.startswith("held_out_")]
+    beside = [find_beside(table.folder, BANK_KIND, table.inputs[name]) for name in names]
+    held_out = [str(path) for path in beside if path is not None]
+    if len(held_out) < len(names):
+        return 0
+    if not np.array_equal(held_out_copies(bank, held_out, table.settings["duplicate"]), table.metadata.held_out):
+        raise DataError(f"{table.folder}/held_out.npy marks other documents than the copies of {', '.join(held_out)}")
+    return len(held_out)
 
 
 def find_beside(folder: Path, kind: str, fingerprint: str) -> Path | None:

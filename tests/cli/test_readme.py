@@ -10,7 +10,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```bash\n(.+?)```", README, flags=re.DOTALL)
-QUICKSTART, TESTS, TUNING = "bash examples/quickstart.sh", "bash tests/run.sh", "bash examples/sft.sh"
+QUICKSTART, TESTS = "bash examples/quickstart.sh", "bash tests/run.sh"
+TUNING, GAIN = "bash examples/sft.sh", "bash examples/retrieval_gain.sh"
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +72,9 @@ def test_the_quickstart_leaves_what_the_contract_says(quickstart: Path) -> None:
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("number", range(1, len(BLOCKS)))
 def test_every_block_runs(quickstart: Path, checkout: Path, number: int) -> None:
-    command = BLOCKS[number].replace(TESTS, f"{TESTS} --collect-only -qq").replace(TUNING, f"{TUNING} --budget small")
+    command = BLOCKS[number].replace(TESTS, f"{TESTS} --collect-only -qq")
+    for script in (TUNING, GAIN):
+        command = command.replace(script, f"{script} --budget small")
     if number > 2:  # the third block enters the environment
         command = f"source .venv/bin/activate\n{command}"
     found = shell(command, checkout)
@@ -96,11 +99,12 @@ def test_the_quickstart_again_makes_nothing_anew(quickstart: Path, checkout: Pat
     [("--budget tiny", "full or small"), ("--outptu x", "--outptu"), ("--output", "needs a value")],
 )
 def test_wrong_arguments_are_one_line_and_code_2(checkout: Path, arguments: str, words: str) -> None:
-    for script in (QUICKSTART, TUNING):
+    for script in (QUICKSTART, TUNING, GAIN):
         found = shell(f"{script} {arguments}", checkout)
         assert found.returncode == 2 and words in found.stderr, found.stderr
 
 
-def test_tuning_without_a_quickstart_says_what_to_run(checkout: Path) -> None:
-    found = shell(f"{TUNING} --quickstart nowhere", checkout)
+@pytest.mark.parametrize("script", [TUNING, GAIN])
+def test_what_needs_a_quickstart_says_what_to_run(checkout: Path, script: str) -> None:
+    found = shell(f"{script} --quickstart nowhere", checkout)
     assert found.returncode == 2 and f"{QUICKSTART} --output" in found.stderr, found.stderr

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from megacm3.errors import DataError
+from megacm3.files import read_json, write_manifest
 from megacm3.retrieval.bank import MemoryBank
 from megacm3.retrieval.build_bank import build_bank
 from megacm3.retrieval.copies import held_out_copies
@@ -113,6 +114,23 @@ def test_lists_of_a_held_out_store_are_verified(made, held_out, foreign):
     assert (found.documents, found.recomputed) == (4, 0)
     (foreign.folder.parent / "asking").symlink_to(held_out.bank)
     assert verify_neighbours(foreign.folder, bank=made.bank, share=1).recomputed == 4
+
+
+def test_marks_are_found_again_and_missing_ones_told(made, held_out, tmp_path):
+    find_neighbours(made.neighbour_options(tmp_path / "n", held_out=(str(held_out.bank),), duplicate=0.9999))
+    found = verify_neighbours(tmp_path / "n", bank=made.bank, share=0)
+    # The held-out bank lies elsewhere: nothing to compare with.
+    assert (found.held_out, found.held_out_banks) == (2, 0)
+    (tmp_path / "held_out").symlink_to(held_out.bank)
+    found = verify_neighbours(tmp_path / "n", bank=made.bank, share=0)
+    assert (found.held_out, found.held_out_banks) == (2, 1)
+    marks = np.load(tmp_path / "n" / "held_out.npy")
+    marks[np.flatnonzero(marks)[0]] = False
+    np.save(tmp_path / "n" / "held_out.npy", marks)
+    manifest = read_json(tmp_path / "n" / "manifest.json")
+    write_manifest(tmp_path / "n", "neighbours", manifest["settings"], manifest["inputs"])
+    with pytest.raises(DataError, match=r"held_out\.npy marks other documents"):
+        verify_neighbours(tmp_path / "n", bank=made.bank, share=0)
 
 
 def test_training_refuses_lists_into_another_store(foreign):
