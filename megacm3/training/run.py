@@ -29,6 +29,7 @@ from megacm3.training.guards import Guards, RollBack
 from megacm3.training.held_out import HeldOut, open_held_out
 from megacm3.training.lock import FolderLock
 from megacm3.training.metrics import Metrics
+from megacm3.training.probe import check_probe, probe
 from megacm3.training.resume import choose_step, on_main
 from megacm3.training.start import begin_with, run_tokenizers
 from megacm3.training.watchdog import Watchdog
@@ -101,20 +102,6 @@ class Run:
         self._sequence = batch.first_sequence + self.config.train.global_batch
         self.tokens += self.config.train.global_batch * self.config.model.sequence_length
 
-    def _probe(self) -> float:
-        """Loss of a fixed batch: stored with a checkpoint and compared after it is loaded."""
-        length, size = self.config.model.sequence_length, self.config.model.vocab_size
-        generator = torch.Generator().manual_seed(0)
-        tokens = torch.randint(0, size, (1, length + 1), generator=generator)
-        batch = {
-            "tokens": tokens[:, :-1],
-            "targets": tokens[:, 1:],
-            "documents": torch.zeros(1, length, dtype=torch.int32),
-            "numbers": torch.zeros(1, dtype=torch.int64),
-        }
-        sums = self.engine.evaluate([batch])
-        return float(sums[0] / sums[3])
-
     def check_replicas(self) -> None:
         """Raise CheckpointError when ranks that should hold the same parameters do not. Collective."""
         if strike("replica", rank=self.context.rank, step=self.step) == "perturb":
@@ -133,7 +120,7 @@ class Run:
             "tokens": self.tokens,
             "sequence": self._sequence,
             "stream": self.stream.description,
-            "probe_loss": self._probe(),
+            "probe": probe(self.engine, self.config),
             "config": dataclasses.asdict(self.config),
             "vocabulary": self.stream.vocabulary.to_json(),
             "tokenizers": run_tokenizers(self.stream),
@@ -211,7 +198,8 @@ class Run:
         self.init = state.get("init")
         self.overrides = [*state["overrides"], *(change._asdict() | {"step": self.step} for change in changes)]
         self.guards.restore(state["guards"])
-        self._check_probe(state, path)
+        dtypes = (saved.config["train"]["dtype"], self.config.train.dtype)
+        check_probe(state["probe"], probe(self.engine, self.config), dtypes, path)
         if self.is_main:
             for change in changes:
                 log.warning("%s was %s, is %s from step %d on", *change, self.step)
@@ -232,21 +220,14 @@ class Run:
             log.warning("going back to %s; %s are left out from now on", found, wish)
         self._continue(found)
 
-    def _check_probe(self, state: dict[str, Any], path: Path) -> None:
-        then, now = state["probe_loss"], self._probe()
-        if then is not None and abs(then - now) > 1e-3 * abs(then):
-            raise CheckpointError(
-                f"{path} was loaded, but the loss of its fixed batch is {now:.6f}; when it was saved it was {then:.6f}"
-            )
-
 
 def claim_folder(out: Path) -> FolderLock:
     """Make a run's folder, write a byte there, and lock it. Raises ConfigError. Called on one rank."""
     try:
         (out / "checkpoints").mkdir(parents=True, exist_ok=True)
-        probe = out / "checkpoints" / ".probe"
-        probe.write_bytes(b"0")
-        probe.unlink()
+        written = out / "checkpoints" / ".probe"
+        written.write_bytes(b"0")
+        written.unlink()
         lock = FolderLock(out)
         lock.acquire()
     except OSError as fault:

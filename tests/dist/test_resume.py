@@ -1,11 +1,17 @@
-"""A run that stops and resumes in the same layout is bitwise the unbroken one, with everything random switched on."""
+"""A run that stops and resumes in the same layout is bitwise the unbroken one, with everything random switched on; and
+one whose checkpoint loads as another model does not go on.
+"""
 
+import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from megacm3.errors import CheckpointError
+from megacm3.files import read_manifest, write_manifest
 from tests.helpers.distributed import ROOT
-from tests.helpers.runs import curve, differing, finished, lines, train_ranks, write_config
+from tests.helpers.runs import curve, differing, finished, lines, the_error, train_ranks, write_config
 from tests.helpers.stores import make_neighbours
 
 STEPS, STOP = 20, 7
@@ -81,3 +87,41 @@ def test_the_random_parts_are_switched_on(config: Path, tmp_path: Path) -> None:
         finished(train_ranks(config, tmp_path / name, "model.preset=tiny_cm3leon", "train.stop_at=2", *words, ranks=1))
         losses[name] = lines(tmp_path / name)[1]["loss"]
     assert len(set(losses.values())) == len(keys), losses
+
+
+def upside_down(step: Path, name: str) -> None:
+    """Turn the rows of a parameter round in every file that has some of it, with hashes that fit: read without a word,
+    but another model.
+    """
+    manifest = read_manifest(step, "checkpoint", verify="none", error=CheckpointError)
+    for path in step.glob("rank_*.safetensors"):
+        data = bytearray(path.read_bytes())
+        start = 8 + int.from_bytes(data[:8], "little")
+        header = json.loads(data[8:start])
+        for key, entry in header.items():
+            if name in key and "exp_avg" not in key:
+                first, last = (start + offset for offset in entry["data_offsets"])
+                rows = np.frombuffer(data[first:last], np.uint8).reshape(entry["shape"][0], -1)
+                data[first:last] = rows[::-1].tobytes()
+        path.write_bytes(data)
+    write_manifest(step, "checkpoint", manifest.settings, manifest.inputs)
+
+
+@pytest.mark.parametrize(
+    ("name", "zero", "layout"),
+    [
+        pytest.param("embed.weight", 3, (), id="zero3", marks=pytest.mark.long),
+        pytest.param("attn.q.weight", 1, ("parallel.tensor=2",), id="tp2", marks=pytest.mark.long),
+        pytest.param("head.weight", 1, ("parallel.pipeline=2",), id="pp2-last-stage"),
+        pytest.param("embed.weight", 1, ("parallel.pipeline=2",), id="pp2-first-stage", marks=pytest.mark.long),
+    ],
+)
+def test_a_checkpoint_that_loads_as_another_model_is_refused(
+    name: str, zero: int, layout: tuple[str, ...], config: Path, tmp_path: Path
+) -> None:
+    words = ["model.preset=tiny_modern", f"deepspeed={ROOT}/ds_configs/zero{zero}.json", *layout]
+    finished(train_ranks(config, tmp_path, *words, "train.stop_at=2"))
+    step = tmp_path / "checkpoints/step_000002"
+    upside_down(step, name)
+    error = the_error(train_ranks(config, tmp_path, *words, "checkpoint.resume=required"), 4)
+    assert error.startswith(f"{step} was loaded, but ") and "of its fixed batch" in error

@@ -1,4 +1,6 @@
+import gc
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ from megacm3.checkpoint.boxes import Box
 from megacm3.checkpoint.reader import Checkpoint
 from megacm3.checkpoint.reshard import find_step, plan, reshard
 from megacm3.checkpoint.tensors import read_header
+from megacm3.convert.benchmark import anonymous_bytes, measured
 from megacm3.errors import CheckpointError, ConfigError, DataError
 from tests.helpers.checkpoints import assert_holds, tiny, write_random
 
@@ -35,6 +38,20 @@ def test_a_vocabulary_that_does_not_divide(tmp_path: Path) -> None:
         "0:255,0:64",
         "255:509,0:64",
     }
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_is_bounded_by_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table of 64 MiB a kind, four kinds of which three are fp32, in chunks of 1 MiB."""
+    monkeypatch.setattr(module, "CHUNK", 1 << 20)
+    source, timings = tmp_path / "source", []
+    write_random(tiny("tiny_cm3leon", vocab_size=1 << 18), source)
+    gc.collect()
+    before = anonymous_bytes()
+    with measured("reshard", timings):
+        reshard(source, tmp_path / "out", 2, 1)
+    assert (tmp_path / "out/rank_00001.safetensors").stat().st_size > 100 << 20
+    assert timings[0].peak_bytes - before < 24 << 20
 
 
 def test_files_hold_what_their_rank_runs() -> None:
