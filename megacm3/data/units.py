@@ -3,6 +3,9 @@
 The order of work inside a unit: this thread reads the shard, threads decode and prepare pictures some way ahead, one
 thread encodes batches, this thread writes. Results are taken in the shard's order and batches are cut by count alone,
 so that the bytes written depend on neither the number of workers nor their speed.
+
+With an encoder on a GPU it is the same: each GPU has a worker with its own decoding threads (`threads`), and two
+batches lie ready for the encoder, which waits only when those threads together decode less than it takes.
 """
 
 import contextlib

@@ -42,6 +42,11 @@ def test_logits_equal_transformers_in_one_pass_and_token_by_token(models, family
     for t in range(12, 20):
         step = decoder.logits(decoder.forward(tokens[:, t : t + 1], [t] * 3, cache)[:, 0])
         torch.testing.assert_close(step, expected[:, t], atol=2e-4, rtol=1e-4)
+    # One row alone takes matrix-vector products.
+    alone = decoder.cache(1, tokens.shape[1])
+    for t in range(tokens.shape[1]):
+        step = decoder.logits(decoder.forward(tokens[1:2, t : t + 1], [t], alone)[:, 0])
+        torch.testing.assert_close(step, expected[1:2, t], atol=2e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("family", ["opt", "qwen3"])

@@ -46,3 +46,4 @@ def test_any_number_of_rows_gives_the_same_product(rows):
     out = linear(x, weight[8:72])
     torch.testing.assert_close(out, x @ weight[8:72].t(), rtol=1e-5, atol=1e-5)
     assert out.shape == (rows, 2, 64)
+    torch.testing.assert_close(linear(x[:1, 1:], weight[8:72]), out[:1, 1:], rtol=1e-5, atol=1e-5)  # one row
