@@ -23,7 +23,7 @@ def steps(out: Path) -> list[str]:
 
 
 def wait_for(job: Job, path: Path) -> None:
-    until = time.monotonic() + 90
+    until = time.monotonic() + 200
     while not path.exists():
         assert job.look() and time.monotonic() < until, job.wait(1)
         time.sleep(0.05)

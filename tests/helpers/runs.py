@@ -80,7 +80,7 @@ def train_ranks(
     *overrides: str,
     ranks: int = 2,
     fault: str = "",
-    timeout: float = 100.0,
+    timeout: float = 240.0,
     only: dict[int, list[str]] | None = None,
     limit: int = 0,
 ) -> list[Outcome]:
@@ -133,7 +133,7 @@ class Job:
                 continue
         return bool(alive)
 
-    def wait(self, timeout: float = 90.0) -> list[Outcome]:
+    def wait(self, timeout: float = 200.0) -> list[Outcome]:
         """How each rank left. All must leave in time, and every process that they started."""
         until = time.monotonic() + timeout
         try:
