@@ -31,7 +31,8 @@ log = logging.getLogger(__name__)
 PHASES = ("start", "data", "forward", "backward", "optimizer", "evaluate", "save")
 """In the order of a step (a save evaluates a fixed batch, too); the pipeline takes forward and backward in turns."""
 PATIENCE = 15.0
-"""Seconds that a rank with an error waits for the verdict, and rank 0 for the others to hear it."""
+"""Seconds that a rank with an error waits for the verdict, rank 0 for the others to hear it, and a rank that has heard
+it for its main thread."""
 _COLLECTIVE = ("Connection closed by peer", "Connection reset by peer", "gloo", "NCCL", "Broken pipe", "Timed out")
 
 
@@ -122,11 +123,22 @@ class Watchdog:
         if verdict.stacks:
             self._write_stacks()
         self._over.set()
-        if self._leaving.is_set():
+        if self._leaving.is_set() or (verdict.origin >= 0 and self._comes_by_itself()):
             return
         if verdict.speaker == self._rank:
             print(f"error: {verdict.text}", file=sys.stderr, flush=True)
         self._exit(verdict.code)
+
+    def _comes_by_itself(self) -> bool:
+        """Whether the main thread reaches `leave`, as after an error that all ranks raise: it may be writing a report.
+
+        Not awaited where it stands in a collective, which the others have left.
+        """
+        until = time.monotonic() + PATIENCE
+        while not self._leaving.wait(0.1):
+            if waits_for_others() or time.monotonic() > until:
+                return False
+        return True
 
     def _write_stacks(self) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -138,6 +150,7 @@ class Watchdog:
 
     def _exit(self, code: int) -> NoReturn:
         """Out at once: the main thread may stand in a collective that never ends."""
+        self._connection.close()  # the hub waits for all to hang up
         if self._hub is not None:
             self._hub.join(PATIENCE)
         for child in multiprocessing.active_children():
