@@ -46,7 +46,7 @@ if [[ ! "$steps" =~ ^[1-9][0-9]*$ || ! "$seeds" =~ ^[1-9][0-9]*$ ]]; then
 fi
 
 retriever_steps=300
-if [[ "$budget" == small ]]; then retriever_steps=10 steps=4 seeds=1; fi
+if [[ "$budget" == small ]]; then retriever_steps=60 steps=4 seeds=1; fi
 
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 source "$ROOT/examples/launch.sh"
