@@ -69,7 +69,9 @@ class FaissShards:
             # The shards share their centroids: the lists of a query are chosen once. Queries with the same lists follow
             # one another, so that those are still in the cache (a quarter faster, 10,000 queries of a million vectors).
             scores, lists = self._shards[0].quantizer.search(queries, self.nprobe)
-            order = np.lexsort(lists[:, 3::-1].T)
+            by_list = np.argsort(lists[:, 0], kind="stable")
+            # Not where they come in a better order already: several pictures of one thing, for instance.
+            order = by_list if _shared(lists[by_list]) > _shared(lists) else order
             queries, near = queries[order], (scores[order], lists[order])
         best = np.full((len(queries), k), -np.inf, np.float32), np.full((len(queries), k), -1, np.int64)
         for shard in self._shards:
@@ -110,6 +112,12 @@ def merge(
     scores = np.where(ids < 0, np.float32(-np.inf), scores)
     order = np.lexsort((ids, -scores), axis=1)[:, :k]
     return np.take_along_axis(scores, order, 1), np.take_along_axis(ids, order, 1)
+
+
+def _shared(lists: np.ndarray) -> int:
+    # How many lists (int64 [n, nprobe]) neighbouring queries share, of some thousand pairs of neighbours.
+    first = np.arange(0, len(lists) - 1, 1 + len(lists) // 1000)
+    return int((lists[first, :, None] == lists[first + 1, None, :]).sum())
 
 
 def _search_lists(
