@@ -16,7 +16,6 @@ CLASSES = {
 }
 """Kind of export -> class in transformers."""
 
-IMAGE_PLACEHOLDER = "<image>"
 SIDECAR = "megacm3.json"
 """File beside the weights with what transformers has no place for: the table of ids, the grid, fingerprints."""
 

@@ -16,8 +16,6 @@ from megacm3.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-MAX_TRAINING = 256
-"""Training vectors a centroid that FAISS uses at most."""
 MIN_TRAINING = 39
 """Training vectors a centroid below which FAISS warns of poor clusters."""
 TRAINING = 64

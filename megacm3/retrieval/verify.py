@@ -13,7 +13,6 @@ from megacm3.files import MANIFEST, read_json, read_manifest
 from megacm3.retrieval.bank import KIND as BANK_KIND
 from megacm3.retrieval.bank import MemoryBank, caption_hash, part_file
 from megacm3.retrieval.copies import held_out_copies
-from megacm3.retrieval.encoder import KIND as ENCODER_KIND
 from megacm3.retrieval.neighbour_blocks import plan
 from megacm3.retrieval.neighbours import IMAGE, TEXT, NeighbourTable, part_path
 from megacm3.retrieval.options import NeighbourOptions
@@ -198,8 +197,3 @@ def _recompute(table: NeighbourTable, bank: MemoryBank, queries: str, encoder: s
                     raise DataError(f"{table.folder / name} differs from what the same bank and settings give now")
         documents += min(blocks.block, blocks.documents - number * blocks.block)
     return documents
-
-
-def verify_encoder(folder: str | Path) -> None:
-    """Check a trained encoder's files against its manifest. Raises DataError when one is missing or damaged."""
-    read_manifest(folder, ENCODER_KIND, verify="sha256")
