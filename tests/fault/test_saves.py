@@ -54,7 +54,7 @@ def test_06_a_folder_that_vanishes_fails_the_save(config: Path, tmp_path: Path) 
 
     def take_away() -> None:
         until = time.monotonic() + 60
-        while not (folder / "step_000002/manifest.json").exists() and time.monotonic() < until:
+        while not (folder / "latest").exists() and time.monotonic() < until:
             time.sleep(0.05)
         folder.rename(tmp_path / "gone")
         folder.write_text("")
