@@ -124,10 +124,15 @@ def _everywhere(context: ParallelContext, value: Any) -> list[Any]:
 
 def _agree(context: ParallelContext, problem: Exception | None) -> None:
     """Raise CheckpointError on every rank when any rank has a problem: the lowest rank's, in the same words."""
-    told = "" if problem is None else str(problem) if isinstance(problem, Megacm3Error) else repr(problem)
-    for text in _everywhere(context, told):
+    for text in _everywhere(context, "" if problem is None else _words(problem)):
         if text:
             raise CheckpointError(text) from problem
+
+
+def _words(problem: Exception) -> str:
+    if isinstance(problem, OSError) and problem.filename:
+        return f"{problem.filename}: {problem.strerror}"
+    return str(problem) if isinstance(problem, Megacm3Error) else repr(problem)
 
 
 def _attempt(function: Callable[[], Any]) -> tuple[Any, Exception | None]:
