@@ -54,7 +54,6 @@ def check_launch(config: Config, world: int) -> None:
     from megacm3.parallel.context import check_world
     from megacm3.parallel.deepspeed_json import fill_deepspeed_json
     from megacm3.training.agreement import check_override
-    from megacm3.training.start import check_init
 
     if not config.train.out:
         raise ConfigError("train.out is empty; give the run's folder, for example train.out=runs/first")
@@ -64,7 +63,6 @@ def check_launch(config: Config, world: int) -> None:
         )
     check_override(config)
     fill_deepspeed_json(config, check_world(config, world))
-    check_init(config)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -79,11 +77,13 @@ def main(argv: list[str] | None = None) -> int:
         from megacm3.model.kernels import set_environment
         from megacm3.parallel.cpu import choose_device, prepare
         from megacm3.planning.room import check_room
+        from megacm3.training.start import check_init
 
         set_environment(config)
         device = choose_device(config.train.device)
         prepare(device)
         check_launch(config, world)
+        check_init(config)
         check_room(config, world, device)
     return _train(config, device)
 

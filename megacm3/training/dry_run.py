@@ -33,6 +33,9 @@ def describe(config: Config, world: int) -> str:
     for entry in config.data.mixture:
         for path in filter(None, (entry.store, entry.neighbours)):
             lines.append(("data", path if Path(path).is_dir() else f"{path} (is not there yet)"))
+    if config.checkpoint.init:
+        there = "" if Path(config.checkpoint.init).is_dir() else " (is not there yet)"
+        lines.append(("begins", f"with the weights of {config.checkpoint.init}{there}"))
     if config.evaluation.store:
         there = "" if Path(config.evaluation.store).is_dir() else " (is not there yet)"
         lines.append(("held out", f"{config.evaluation.store}{there}, every {config.evaluation.every} steps"))

@@ -20,6 +20,7 @@ OPTIONAL = {
     "annoy": "extra annoy",
     "pinecone": "extra pinecone",
     "open_clip": "extra open_clip",
+    "torchvision": "comes with open_clip",
     "crc32c": "extra tfrecord",
     "google": "protobuf, which comes with tfrecord",
     "warcio": "extra crawl",
