@@ -70,7 +70,10 @@ def test_the_quickstart_leaves_what_the_contract_says(quickstart: Path) -> None:
 
 
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("number", range(1, len(BLOCKS)))
+@pytest.mark.parametrize(
+    "number",
+    [pytest.param(n, marks=[pytest.mark.long] * (TUNING in block)) for n, block in enumerate(BLOCKS) if n],
+)
 def test_every_block_runs(quickstart: Path, checkout: Path, number: int) -> None:
     command = BLOCKS[number].replace(TESTS, f"{TESTS} --collect-only -qq")
     for script in (TUNING, GAIN):

@@ -2,6 +2,7 @@
 
 import gc
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,11 @@ def states(overrides: list[str]) -> tuple[int, int]:
     return max(found), context.pipeline_rank
 
 
+def few(cases: Sequence[Any]) -> list[Any]:
+    """Every fourth case; the others are long tests."""
+    return [case if i % 4 == 0 else pytest.param(case, marks=pytest.mark.long) for i, case in enumerate(cases)]
+
+
 STATES = (
     Case(1, 0),
     Case(2, 0),
@@ -129,7 +135,7 @@ STATES = (
 )
 
 
-@pytest.mark.parametrize("case", STATES, ids=str)
+@pytest.mark.parametrize("case", few(STATES), ids=str)
 def test_states_are_the_storages_of_the_ranks(case: Case, tmp_path: Path) -> None:
     """Within 1 %, with what a pipeline keeps of the hidden states it handed on."""
     overrides = case.overrides(tmp_path)
@@ -168,7 +174,7 @@ def reducing(overrides: list[str]) -> int:
 FLATTENED = (Case(2, 0), Case(2, 0, dtype="bf16"), Case(1, 1, dtype="bf16"), Case(2, 1, dtype="bf16"))
 
 
-@pytest.mark.parametrize("case", FLATTENED, ids=str)
+@pytest.mark.parametrize("case", few(FLATTENED), ids=str)
 def test_states_and_flattened_gradients(case: Case, tmp_path: Path) -> None:
     """Within 1 %: what a rank holds while gradients are summed over the data ranks."""
     overrides = case.overrides(tmp_path)
@@ -221,7 +227,7 @@ KEPT = [
 ]
 
 
-@pytest.mark.parametrize("case", KEPT, ids=str)
+@pytest.mark.parametrize("case", few(KEPT), ids=str)
 def test_activations_of_tensor_ranks(case: Case, tmp_path: Path) -> None:
     """Within 10 %."""
     overrides = case.overrides(tmp_path)
@@ -294,7 +300,7 @@ TRAFFIC = (
 )
 
 
-@pytest.mark.parametrize("case", TRAFFIC, ids=str)
+@pytest.mark.parametrize("case", few(TRAFFIC), ids=str)
 def test_traffic_is_what_ranks_hand_on(case: Case, tmp_path: Path) -> None:
     """Within 1 %, the sums of a few numbers included."""
     overrides = case.overrides(tmp_path)

@@ -56,7 +56,9 @@ def exported(out: Path, store: Path) -> dict[str, float]:
     return {"loss": nll.mean().item(), "text": nll[kind == 0].mean().item(), "image": nll[kind == 1].mean().item()}
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.long] * (n not in ("data", "pipeline"))) for n in LAYOUTS]
+)
 def test_training_is_bitwise_the_same_and_the_figures_are_the_exports(
     name: str, config: Path, tmp_path: Path
 ) -> None:

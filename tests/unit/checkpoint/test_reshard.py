@@ -42,16 +42,16 @@ def test_a_vocabulary_that_does_not_divide(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_is_bounded_by_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A table of 64 MiB a kind, four kinds of which three are fp32, in chunks of 1 MiB."""
+    """A table of 128 MiB in each of four kinds, three of them in fp32, in chunks of 1 MiB: never half of one."""
     monkeypatch.setattr(module, "CHUNK", 1 << 20)
     source, timings = tmp_path / "source", []
-    write_random(tiny("tiny_cm3leon", vocab_size=1 << 18), source)
+    write_random(tiny("tiny_cm3leon", vocab_size=1 << 19), source)
     gc.collect()
     before = anonymous_bytes()
     with measured("reshard", timings):
         reshard(source, tmp_path / "out", 2, 1)
-    assert (tmp_path / "out/rank_00001.safetensors").stat().st_size > 100 << 20
-    assert timings[0].peak_bytes - before < 24 << 20
+    assert (tmp_path / "out/rank_00001.safetensors").stat().st_size > 200 << 20
+    assert timings[0].peak_bytes - before < 64 << 20
 
 
 def test_files_hold_what_their_rank_runs() -> None:
