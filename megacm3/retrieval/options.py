@@ -9,8 +9,29 @@ from megacm3.retrieval.neighbours import MAX_KEEP
 from megacm3.retrieval.precomputed import PREFIX
 
 
+@dataclass(frozen=True, kw_only=True)
+class WorkOptions:
+    """How either is made."""
+
+    batch: int = 64
+    seed: int = 0
+    workers: int = 0
+    """Units at once; 0: one below 20,000 documents, else one a core."""
+    device: str = "cpu"
+    executor: str = "local"
+    """Where units run: local, slurm or ray; nothing of it changes the bytes."""
+    slurm: dict[str, str] = field(default_factory=dict)
+    """Options of sbatch, as in `ExecutorOptions`."""
+    overwrite: bool = False
+
+    @property
+    def where(self) -> ExecutorOptions:
+        """For `run_units`."""
+        return ExecutorOptions(self.executor, self.workers, device=self.device, slurm=self.slurm)
+
+
 @dataclass(frozen=True)
-class BankOptions:
+class BankOptions(WorkOptions):
     """A bank to be made."""
 
     store: str
@@ -28,24 +49,9 @@ class BankOptions:
     shard_rows: int = 0
     """Vectors of an index shard; 0: by the number of documents (`index.shard_size`)."""
     nprobe: int = 0
-    """Lists searched of an inverted file; 0: the fewest that reach a recall@10 of 0.95, at most a sixteenth."""
+    """Lists searched of an inverted file; 0: the fewest that reach the recall aimed at (recall.AIM), at most 1/16."""
     merge: bool = False
     """Merge the shards of an inverted file into one index on disk."""
-    batch: int = 64
-    seed: int = 0
-    workers: int = 0
-    """Units at once; 0: one below 20,000 documents, else one a core."""
-    device: str = "cpu"
-    executor: str = "local"
-    """Where units run: local, slurm or ray; nothing of it changes the bank."""
-    slurm: dict[str, str] = field(default_factory=dict)
-    """Options of sbatch, as in `ExecutorOptions`."""
-    overwrite: bool = False
-
-    @property
-    def where(self) -> ExecutorOptions:
-        """For `run_units`."""
-        return ExecutorOptions(self.executor, self.workers, device=self.device, slurm=self.slurm)
 
     def check(self) -> None:
         """Raises ConfigError for values out of range and for backends that do not take them."""
@@ -58,7 +64,7 @@ class BankOptions:
 
 
 @dataclass(frozen=True)
-class NeighbourOptions:
+class NeighbourOptions(WorkOptions):
     """A neighbour folder to be made."""
 
     bank: str
@@ -82,21 +88,6 @@ class NeighbourOptions:
     """Inner product of document vectors from which two documents count as copies of each other."""
     block: int = 0
     """Documents of a unit; 0: by the number of documents."""
-    batch: int = 64
-    seed: int = 0
-    workers: int = 0
-    """Units at once; 0: one below 20,000 documents, else one a core."""
-    device: str = "cpu"
-    executor: str = "local"
-    """Where units run: local, slurm or ray; nothing of it changes the lists."""
-    slurm: dict[str, str] = field(default_factory=dict)
-    """Options of sbatch, as in `ExecutorOptions`."""
-    overwrite: bool = False
-
-    @property
-    def where(self) -> ExecutorOptions:
-        """For `run_units`."""
-        return ExecutorOptions(self.executor, self.workers, device=self.device, slurm=self.slurm)
 
     def check(self) -> None:
         """Raises ConfigError for values out of range."""

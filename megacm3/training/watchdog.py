@@ -5,6 +5,7 @@ rank that dies closes its connection at once; one that stalls falls silent or st
 and tells all: so the first error is the one that is printed, and everyone leaves with its exit code.
 """
 
+import contextlib
 import faulthandler
 import json
 import logging
@@ -88,11 +89,9 @@ class Watchdog:
         self._stands = (self._stands[0] if step is None else step, name, time.monotonic())
 
     def _say(self, **message: Any) -> None:
-        try:
-            with self._lock:
-                self._connection.send_bytes(json.dumps(message).encode())
-        except OSError:
-            pass  # rank 0 is gone: the listening thread finds it out
+        # Where rank 0 is gone, the listening thread finds it out.
+        with contextlib.suppress(OSError), self._lock:
+            self._connection.send_bytes(json.dumps(message).encode())
 
     def _listen(self) -> None:
         while not self._over.is_set():
