@@ -41,8 +41,9 @@ def checkpoint_command(given: argparse.Namespace) -> int:
     from megacm3.checkpoint.benchmark import benchmark_checkpoint
 
     timing = benchmark_checkpoint(_new_folder(given.work), given.rounds, _say)
-    print(f"{timing.bytes / 1e9:.2f} GB: save {timing.save:.2f} s, stall {timing.stall:.2f} s, dd {timing.dd:.2f} s")
-    print(f"save: {timing.save / timing.dd:.2f} x the time of dd")
+    print(f"{timing.bytes / 1e9:.2f} GB: save {timing.save:.2f} s, of which stall {timing.stall:.2f} s")
+    for name, seconds in (("dd conv=fsync", timing.dd), ("dd oflag=direct conv=fsync", timing.direct_dd)):
+        print(f"{name}: {seconds:.2f} s; save takes {timing.save / seconds:.2f} x its time")
     return 0
 
 

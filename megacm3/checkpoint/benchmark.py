@@ -29,6 +29,8 @@ class SaveTiming:
     """Seconds of these that the training waits."""
     dd: float
     """Seconds of `dd bs=64M conv=fsync` for the same bytes on the same disk."""
+    direct_dd: float
+    """The same with `oflag=direct`, past the page cache, as saves write."""
 
 
 def _engine() -> Engine:
@@ -65,10 +67,10 @@ def _engine() -> Engine:
     return engine
 
 
-def _dd(path: Path, size: int) -> float:
+def _dd(path: Path, size: int, *flags: str) -> float:
     begun = time.monotonic()
     block = 1 << 26
-    command = ["dd", "if=/dev/zero", f"of={path}", f"bs={block}", f"count={-(-size // block)}", "conv=fsync"]
+    command = ["dd", "if=/dev/zero", f"of={path}", f"bs={block}", f"count={-(-size // block)}", "conv=fsync", *flags]
     subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
     seconds = time.monotonic() - begun
     path.unlink()
@@ -80,7 +82,7 @@ def benchmark_checkpoint(work: Path, rounds: int, report: Callable[[str], None])
     work.mkdir(parents=True)
     engine = _engine()
     saver = Saver(engine, engine.context, work, keep=1)
-    saves, stalls, copies, size = [], [], [], 0
+    saves, stalls, dds, direct_dds, size = [], [], [], [], 0
     try:
         for turn in range(rounds + 1):  # the first save makes the copies' memory, as in a run; it is not counted
             saver.start(turn, {}, background=True)
@@ -89,12 +91,15 @@ def benchmark_checkpoint(work: Path, rounds: int, report: Callable[[str], None])
             saver.close()
             size = sum(path.stat().st_size for path in work.rglob("*") if path.is_file())
             shutil.rmtree(work / f"step_{turn:06d}")
-            seconds = _dd(work / "dd", size)
-            report(f"save {saver.total:.2f} s, of which stall {saver.stall:.2f} s; dd {seconds:.2f} s")
+            dd, direct = _dd(work / "dd", size), _dd(work / "dd", size, "oflag=direct")
+            report(
+                f"save {saver.total:.2f} s, of which stall {saver.stall:.2f} s; dd {dd:.2f} s, direct {direct:.2f} s"
+            )
             if turn:
                 saves.append(saver.total)
                 stalls.append(saver.stall)
-                copies.append(seconds)
+                dds.append(dd)
+                direct_dds.append(direct)
     finally:
         shutil.rmtree(work)
-    return SaveTiming(size, *(statistics.median(values) for values in (saves, stalls, copies)))
+    return SaveTiming(size, *(statistics.median(values) for values in (saves, stalls, dds, direct_dds)))

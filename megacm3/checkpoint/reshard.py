@@ -16,7 +16,7 @@ from megacm3.checkpoint.boxes import Box, row_width, whole
 from megacm3.checkpoint.commit import discover
 from megacm3.checkpoint.pieces import PARAM, Piece, index_of, manifest_settings
 from megacm3.checkpoint.reader import KIND, Checkpoint, key_of
-from megacm3.checkpoint.tensors import CHUNK, Entry, in_file_order, write_tensors
+from megacm3.checkpoint.tensors import Entry, in_file_order, write_tensors
 from megacm3.config import Config
 from megacm3.errors import CheckpointError
 from megacm3.files import MANIFEST, new_folder, write_manifest
@@ -24,6 +24,10 @@ from megacm3.resolve import merge
 from megacm3.rules import check
 
 log = logging.getLogger(__name__)
+
+CHUNK = 1 << 26
+"""Bytes read at once."""
+
 Read = Callable[[str, str, Box, torch.Tensor], None]
 """(kind, name, box, out): copies a box of a logical tensor into `out`."""
 

@@ -180,10 +180,16 @@ class Saver:
             _, problem = _attempt(lambda: begin(self._folder, step, needed))
         self._agree_or_abandon(problem)
         self._writing = Future()
+        tensors = {key_of(piece.kind, piece.name, piece.box): piece.tensor for piece in pieces}
+        entries = _entries(pieces)
+        ready: dict[str, Future[torch.Tensor]] = {entry.key: Future() for entry in entries}
         if background:
-            self._writing = self._thread.submit(self._write, self._copied(pieces))
+            self._writing = self._thread.submit(self._write, entries, ready)
+            self._copy(tensors, ready)
         else:
-            written, problem = _attempt(lambda: self._write(pieces))
+            for key, future in ready.items():
+                future.set_result(tensors[key])
+            written, problem = _attempt(lambda: self._write(entries, ready))
             self._writing.set_exception(problem) if problem else self._writing.set_result(written)
         self.stall = time.monotonic() - self._begun
 
@@ -220,19 +226,29 @@ class Saver:
             self._removal.result()
             self._removal = None
 
-    def _copied(self, pieces: list[Piece]) -> list[Piece]:
-        """The pieces in host memory that is kept from save to save: fresh pages cost more than the copy."""
-        pinned, copies = self._context.device.type == "cuda", {}
-        for piece in pieces:
-            key, tensor = key_of(piece.kind, piece.name, piece.box), piece.tensor
-            held = self._copies.get(key)
-            if held is None or held.dtype != tensor.dtype:
-                held = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
-            copies[key] = held.copy_(tensor, non_blocking=pinned)
-        if pinned:
-            torch.cuda.synchronize()
-        self._copies = copies
-        return [dataclasses.replace(p, tensor=t) for p, t in zip(pieces, copies.values(), strict=True)]
+    def _copy(self, tensors: dict[str, torch.Tensor], ready: dict[str, Future[torch.Tensor]]) -> None:
+        """Copy into host memory that is kept from save to save: fresh pages cost more than the copy.
+
+        In the order of the file, whose writing begins with the first copy. What goes wrong, the writing thread tells.
+        """
+        pinned, held, self._copies = self._context.device.type == "cuda", self._copies, {}
+        try:
+            for key, future in ready.items():
+                tensor, copy = tensors[key], held.pop(key, None)
+                if copy is None or copy.dtype != tensor.dtype:
+                    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
+                self._copies[key] = copy.copy_(tensor, non_blocking=pinned)
+                if not pinned:
+                    future.set_result(copy)
+            if pinned:
+                torch.cuda.synchronize()
+                for key, future in ready.items():
+                    future.set_result(self._copies[key])
+        except RuntimeError as problem:
+            _fail(ready, problem)
+        except BaseException:
+            _fail(ready, RuntimeError("the copy for a save was interrupted"))
+            raise
 
     @property
     def _name(self) -> str:
@@ -250,18 +266,17 @@ class Saver:
                 abandon(self._folder, self._step)
             raise
 
-    def _write(self, pieces: list[Piece]) -> dict[str, Any]:
+    def _write(self, entries: list[Entry], ready: dict[str, Future[torch.Tensor]]) -> dict[str, Any]:
         path = temporary_folder(self._folder, self._step) / self._name
         where = {"rank": self._context.rank, "step": self._step}
-        tensors = {key_of(piece.kind, piece.name, piece.box): piece.tensor for piece in pieces}
 
         def values(entry: Entry) -> Iterator[torch.Tensor]:
             strike("save.writing", **where)
-            yield tensors[entry.key]
+            yield ready[entry.key].result()
 
         try:
             strike("save.before_write", **where)
-            written = write_tensors(path, _entries(pieces), self._metadata, values)
+            written = write_tensors(path, entries, self._metadata, values)
             strike("save.written", **where)
         except OSError as fault:
             why = f"{path} could not be written: {fault.strerror}"
@@ -288,3 +303,9 @@ class Saver:
 
 def _entries(pieces: list[Piece]) -> list[Entry]:
     return in_file_order(Entry(key_of(p.kind, p.name, p.box), p.tensor.dtype, p.box.shape) for p in pieces)
+
+
+def _fail(ready: dict[str, Future[torch.Tensor]], problem: Exception) -> None:
+    for future in ready.values():
+        if not future.done():
+            future.set_exception(problem)

@@ -1,13 +1,10 @@
 """safetensors files, written header first and read slice by slice, so that memory does not grow with the file."""
 
-import hashlib
 import json
 import math
-import os
 import struct
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from megacm3.checkpoint.blocks import BlockFile
 from megacm3.errors import CheckpointError, Megacm3Error
 
 CODES = {
@@ -34,17 +32,8 @@ DTYPES = {code: dtype for dtype, code in CODES.items()}
 MAX_HEADER = 100_000_000
 """Bytes of the longest header that safetensors reads."""
 
-CHUNK = 1 << 26
-"""Bytes written and hashed at once."""
-
-FLUSH = 1 << 28
-"""Bytes after which the disk begins to write, so that little is left to wait for at the end."""
-
 OPEN_FILES = 64
 """Files that `OpenFiles` keeps mapped."""
-
-_DONE: Future[Any] = Future()
-_DONE.set_result(None)
 
 
 @dataclass(frozen=True)
@@ -85,10 +74,9 @@ def file_bytes(entries: Sequence[Entry], metadata: dict[str, str]) -> int:
     return len(header_bytes(entries, metadata)) + sum(entry.bytes for entry in entries)
 
 
-def raw(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a tensor, without a copy where it is contiguous and on the CPU."""
-    flat = tensor.detach().contiguous().cpu().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
+def raw(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes of a tensor, one-dimensional uint8, without a copy where it is contiguous and on the CPU."""
+    return tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8)
 
 
 def write_tensors(
@@ -103,51 +91,21 @@ def write_tensors(
     """Write and fsync a safetensors file; return its manifest entry {"bytes", "sha256"}.
 
     entries: in file order. values: a tensor's data, row-major, in as many pieces as it likes. done: told the bytes of
-    each chunk. Reading, hashing and the disk's own writing run beside; without `hashed` "sha256" is empty.
+    each piece. Hashing and writing run beside; without `hashed` "sha256" is empty.
     """
-    digest = hashlib.sha256()
-    hashing = flushing = _DONE
-    unflushed = size = 0
-    with open(path, "wb", buffering=0) as file, ThreadPoolExecutor(3) as beside:
-        for chunk in _one_ahead(_chunks(entries, metadata, values), beside):
-            hashing.result()
-            hashing = beside.submit(digest.update, chunk) if hashed else _DONE
-            rest = chunk
-            while rest:
-                rest = rest[file.write(rest) :]
-            size, unflushed = size + len(chunk), unflushed + len(chunk)
-            if unflushed >= FLUSH and flushing.done():
-                flushing.result()
-                unflushed, flushing = 0, beside.submit(os.fdatasync, file.fileno())
-            done(len(chunk))
-        hashing.result()
-        flushing.result()
-        os.fsync(file.fileno())
-    return {"bytes": size, "sha256": digest.hexdigest() if hashed else ""}
-
-
-def _chunks(
-    entries: Sequence[Entry], metadata: dict[str, str], values: Callable[[Entry], Iterator[torch.Tensor]]
-) -> Iterator[memoryview]:
-    """The bytes of a file, at most `CHUNK` at a time."""
-    yield memoryview(header_bytes(entries, metadata))
-    for entry in entries:
-        count = 0
-        for tensor in values(entry):
-            assert tensor.dtype == entry.dtype, f"{entry.key}: {tensor.dtype} written as {entry.dtype}"
-            data = raw(tensor)
-            count += len(data)
-            for low in range(0, len(data), CHUNK):
-                yield data[low : low + CHUNK]
-        assert count == entry.bytes, f"{entry.key}: {count} bytes written of {entry.bytes}"
-
-
-def _one_ahead(chunks: Iterator[memoryview], beside: Executor) -> Iterator[memoryview]:
-    """The same, each made while the one before it is in use; so two are in memory at a time."""
-    coming = beside.submit(next, chunks, None)
-    while (chunk := coming.result()) is not None:
-        coming = beside.submit(next, chunks, None)
-        yield chunk
+    with BlockFile(path, hashed=hashed) as file:
+        file.add(torch.frombuffer(bytearray(header_bytes(entries, metadata)), dtype=torch.uint8))
+        for entry in entries:
+            count = 0
+            for tensor in values(entry):
+                assert tensor.dtype == entry.dtype, f"{entry.key}: {tensor.dtype} written as {entry.dtype}"
+                data = raw(tensor)
+                file.add(data)
+                count += len(data)
+                done(len(data))
+            assert count == entry.bytes, f"{entry.key}: {count} bytes written of {entry.bytes}"
+        digest = file.finish()
+    return {"bytes": file.size, "sha256": digest}
 
 
 def read_header(path: Path, error: type[Megacm3Error] = CheckpointError) -> dict[str, dict[str, Any]]:

@@ -9,6 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from megacm3.checkpoint import blocks
 from megacm3.checkpoint import tensors as module
 from megacm3.checkpoint.tensors import Entry, OpenFiles, file_bytes, in_file_order, read_header, write_tensors
 from megacm3.errors import CheckpointError
@@ -20,10 +21,10 @@ def write(path: Path, values: dict[str, torch.Tensor], pieces: int = 1) -> dict[
 
 
 def test_safetensors_reads_what_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "CHUNK", 64)  # many writes and hashes a tensor
+    monkeypatch.setattr(blocks, "BLOCK", 4096)  # many writes and hashes a tensor, and blocks used again
     values = {
         "odd": torch.randn(3).bfloat16(),
-        "wide": torch.randn(17, 5),
+        "wide": torch.randn(1700, 5),
         "double": torch.randn(2).double(),
         "ids": torch.arange(7),
         "transposed": torch.randn(4, 6).T,

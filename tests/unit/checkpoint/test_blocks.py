@@ -1,0 +1,88 @@
+import errno
+import hashlib
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megacm3.checkpoint import blocks
+from megacm3.checkpoint.blocks import BlockFile
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "BLOCK", 1 << 13)
+
+
+def written(path: Path, content: bytes, sizes: list[int], *, hashed: bool = True) -> str:
+    data = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+    with BlockFile(path, hashed=hashed) as file:
+        for part in data.split([*sizes, len(content) - sum(sizes)]):
+            file.add(part)
+        digest = file.finish()
+        assert file.size == len(content)
+    return digest
+
+
+def refuse_at_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a file system that does not know O_DIRECT."""
+    really = os.open
+
+    def fake(path: Any, flags: int, mode: int = 0o777) -> int:
+        if flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return really(path, flags, mode)
+
+    monkeypatch.setattr(blocks.os, "open", fake)
+
+
+def refuse_at_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a file system that opens with O_DIRECT but does not write so, and then writes odd numbers of bytes."""
+    really = os.write
+
+    def fake(file: int, data: memoryview) -> int:
+        if blocks.fcntl.fcntl(file, blocks.fcntl.F_GETFL) & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return really(file, data[:1001])
+
+    monkeypatch.setattr(blocks.os, "write", fake)
+
+
+@pytest.mark.parametrize("how", [lambda monkeypatch: None, refuse_at_open, refuse_at_write])
+@pytest.mark.parametrize("size", [2, 4096, 8192, 8193, 100_000])
+def test_what_is_added_is_in_the_file(how: Any, size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    how(monkeypatch)
+    content = random.Random(size).randbytes(size)
+    digest = written(tmp_path / "a", content, [] if size < 100 else [1, 0, size // 3])
+    assert (tmp_path / "a").read_bytes() == content and digest == hashlib.sha256(content).hexdigest()
+    assert written(tmp_path / "a", content[:-1], [], hashed=False) == ""  # an older file leaves nothing behind
+    assert (tmp_path / "a").read_bytes() == content[:-1]
+
+
+def test_nothing_is_left_in_the_page_cache(tmp_path: Path) -> None:
+    probe = tmp_path / "probe"
+    try:
+        os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_DIRECT))
+    except OSError:
+        pytest.skip("the file system of the temporary folder knows no O_DIRECT")
+    before = _cached()
+    written(tmp_path / "a", bytes(64 << 20), [])
+    assert _cached() - before < 32 << 20
+
+
+def _cached() -> int:
+    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    return 1024 * (int(lines["Cached"].split()[0]) + int(lines["Dirty"].split()[0]))
+
+
+@pytest.mark.parametrize("parts", [[10], [9000] * 11])
+def test_a_write_that_fails_is_told(parts: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(file: int, data: memoryview) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(blocks.os, "write", full)
+    with pytest.raises(OSError, match="No space left"):
+        written(tmp_path / "a", bytes(sum(parts)), parts[:-1])
