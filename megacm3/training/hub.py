@@ -3,11 +3,13 @@
 import dataclasses
 import json
 import logging
+import queue
+import socket
 import threading
 import time
 from dataclasses import dataclass
 from multiprocessing import AuthenticationError
-from multiprocessing.connection import Listener, wait
+from multiprocessing.connection import Connection, answer_challenge, deliver_challenge, wait
 from typing import Any
 
 from megacm3.config import WatchdogConfig
@@ -58,8 +60,13 @@ class _Peer:
 class Hub:
     """Serves the connections of all ranks until all have said goodbye or a verdict is given."""
 
-    def __init__(self, listener: Listener, world: int, settings: WatchdogConfig) -> None:
-        self._listener, self._world, self._settings = listener, world, settings
+    def __init__(self, world: int, key: bytes, settings: WatchdogConfig) -> None:
+        self._world, self._key, self._settings = world, key, settings
+        self._door = socket.create_server(("", 0), backlog=world)
+        self._door.settimeout(0.1)
+        self.port = self._door.getsockname()[1]
+        """Where ranks connect, with multiprocessing's `Client` and the key."""
+        self._arrived: queue.SimpleQueue[tuple[Any, dict[str, Any]]] = queue.SimpleQueue()
         self._peers: dict[Any, _Peer] = {}
         self._suspect: tuple[float, Verdict] | None = None
         self._interval = min(1.0, settings.timeout / 20) if settings.timeout else 1.0
@@ -72,16 +79,7 @@ class Hub:
             self._thread.join(timeout)
 
     def _serve(self) -> None:
-        while len(self._peers) < self._world:
-            try:
-                newcomer = self._listener.accept()
-            except (AuthenticationError, EOFError, OSError):
-                continue  # a stranger: something on the network that tries every port
-            hello = json.loads(newcomer.recv_bytes())
-            place = f"{hello['host']}, process {hello['pid']}"
-            self._peers[newcomer] = _Peer(hello["rank"], place, time.monotonic())
-        self._listener.close()
-        verdict, last = None, 0.0
+        verdict, last = self._admit(), 0.0
         connection: Any
         while verdict is None and self._peers:
             for connection in wait(list(self._peers), self._interval):
@@ -93,6 +91,36 @@ class Hub:
         if verdict is not None:
             self._tell({"kind": "verdict", "verdict": dataclasses.asdict(verdict)})
         self._drain()
+
+    def _admit(self) -> Verdict | None:
+        """Wait until every rank has said hello; a verdict where some do not come in time."""
+        begun, verdict = time.monotonic(), None
+        while verdict is None and len(self._peers) < self._world:
+            try:
+                newcomer = Connection(self._door.accept()[0].detach())
+                threading.Thread(target=self._greet, args=(newcomer,), name="watchdog-door", daemon=True).start()
+            except OSError:  # nobody there, or gone already
+                pass
+            while not self._arrived.empty():
+                connection, hello = self._arrived.get()
+                place = f"{hello['host']}, process {hello['pid']}"
+                self._peers[connection] = _Peer(hello["rank"], place, time.monotonic())
+            if self._settings.timeout and time.monotonic() - begun > self._settings.timeout:
+                missing = sorted(set(range(self._world)) - {peer.rank for peer in self._peers.values()})
+                names = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
+                text = f"of {self._world} ranks these did not connect to rank 0 after the start: {names}"
+                verdict = Verdict(PeerLost.exit_code, text, speaker=0, stacks=True)
+        self._door.close()
+        return verdict
+
+    def _greet(self, newcomer: Any) -> None:
+        """A thread for each: a stranger (something that tries every port) may say nothing for ever."""
+        try:
+            deliver_challenge(newcomer, self._key)
+            answer_challenge(newcomer, self._key)
+            self._arrived.put((newcomer, json.loads(newcomer.recv_bytes())))
+        except (AuthenticationError, EOFError, OSError):
+            newcomer.close()
 
     def _tell(self, message: dict[str, Any]) -> None:
         for connection in self._peers:

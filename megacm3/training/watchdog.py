@@ -17,7 +17,7 @@ import socket
 import sys
 import threading
 import time
-from multiprocessing.connection import Client, Connection, Listener, wait
+from multiprocessing.connection import Client, Connection, wait
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -66,13 +66,14 @@ class Watchdog:
         address: list[Any] = [None]
         if context.rank == 0:
             key = secrets.token_bytes(32)
-            listener = Listener(("", 0), backlog=context.world, authkey=key)
-            self._hub = Hub(listener, context.world, config.watchdog)
-            host = os.environ.get("MASTER_ADDR", "127.0.0.1")
-            address = [(host, listener.address[1], key)]
+            self._hub = Hub(context.world, key, config.watchdog)
+            address = [(os.environ.get("MASTER_ADDR", "127.0.0.1"), self._hub.port, key)]
         dist.broadcast_object_list(address, src=0, group=context.control_group)
         host, port, key = address[0]
-        self._connection: Connection = Client((host, port), authkey=key)
+        try:
+            self._connection: Connection = Client((host, port), authkey=key)
+        except (OSError, EOFError) as fault:
+            raise PeerLost(f"rank {self._rank} cannot reach rank 0 at {host}:{port} (MASTER_ADDR): {fault}") from fault
         # Forked loader processes must not hold the connection open when this one dies.
         os.register_at_fork(after_in_child=self._connection.close)
         self._lock, self._leaving, self._over = threading.Lock(), threading.Event(), threading.Event()

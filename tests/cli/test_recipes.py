@@ -134,6 +134,24 @@ def test_one_machine_a_lost_and_a_stopped_rank_are_started_again(config: Path, t
     assert "exit code 75: start 3 of at most 4" in said and last_step(out) == 60
 
 
+@pytest.mark.long
+@pytest.mark.timeout(600)
+def test_one_machine_a_stalled_rank_is_started_again(config: Path, tmp_path: Path) -> None:
+    """Rank 0 hangs once step 5 is committed, as on a dead mount: every rank leaves with 6; the job goes on from 5."""
+    out = tmp_path / "run"
+    keys = [f"train.out={out}", "checkpoint.every=5", "train.stop_at=8", "watchdog.timeout=20"]
+    done = subprocess.run(
+        ["bash", str(ROOT / "examples" / "pretrain.sh"), str(config), *keys],
+        env=environment(RANKS="2", RESTARTS="1", MEGACM3_FAULT="save.before_pointer:step=5:sleep=1000"),
+        capture_output=True,
+        text=True,
+        timeout=480,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "exit code 6: start 2 of at most 2" in done.stderr and last_step(out) == 8
+    assert "error: rank 0 (" in done.stderr and "in save of step 6 for 2" in done.stderr, done.stderr
+
+
 def test_one_machine_a_config_error_is_not_tried_again(config: Path) -> None:
     command = ["bash", str(ROOT / "examples" / "pretrain.sh"), str(config), "train.stepz=3"]
     done = subprocess.run(command, env=environment(RANKS="2"), capture_output=True, text=True, timeout=120)

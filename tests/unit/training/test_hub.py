@@ -4,7 +4,7 @@ import json
 import socket
 import time
 from collections.abc import Iterator
-from multiprocessing.connection import Client, Connection, Listener
+from multiprocessing.connection import Client, Connection
 from typing import Any
 
 import pytest
@@ -17,20 +17,23 @@ KEY = b"secret"
 
 @pytest.fixture
 def ranks() -> Iterator[list[Connection]]:
-    """Two ranks that have said hello, after two strangers."""
-    listener = Listener(("127.0.0.1", 0), backlog=4, authkey=KEY)
-    hub = Hub(listener, 2, WatchdogConfig(warn=0.2, timeout=2.0))
-    socket.create_connection(listener.address).close()
-    with socket.create_connection(listener.address) as stranger:
+    """Two ranks that have said hello, after three strangers, one of which stays and says nothing."""
+    hub = Hub(2, KEY, WatchdogConfig(warn=0.2, timeout=2.0))
+    address = ("127.0.0.1", hub.port)
+    socket.create_connection(address).close()
+    with socket.create_connection(address) as stranger, socket.create_connection(address):
         stranger.sendall(b"GET / HTTP/1.0\r\n\r\n")
-    found: list[Connection] = []
-    for rank in range(2):
-        found.append(Client(listener.address, authkey=KEY))
-        say(found[rank], kind="hello", rank=rank, host="here", pid=10 + rank)
-    yield found
+        found = [arrive(address, rank) for rank in range(2)]
+        yield found
     for connection in found:
         connection.close()
     hub.join(10)
+
+
+def arrive(address: tuple[str, int], rank: int) -> Connection:
+    connection = Client(address, authkey=KEY)
+    say(connection, kind="hello", rank=rank, host="here", pid=10 + rank)
+    return connection
 
 
 def say(connection: Connection, **message: Any) -> None:
@@ -95,3 +98,16 @@ def test_a_silent_rank_is_lost(ranks: list[Connection]) -> None:
     assert (
         message["verdict"]["code"] == 6 and "rank 1 (here, process 11) has said nothing" in message["verdict"]["text"]
     )
+
+
+def test_a_rank_that_never_comes_is_named() -> None:
+    hub = Hub(4, KEY, WatchdogConfig(timeout=2.0))
+    here = [arrive(("127.0.0.1", hub.port), rank) for rank in (0, 2)]
+    found = verdict(here[0])
+    assert found["code"] == 6 and found["text"].startswith("of 4 ranks these did not connect to rank 0")
+    assert found["text"].endswith(": 1, 3")
+    for connection in here:
+        connection.close()
+    hub.join(10)
+    with pytest.raises(OSError):  # who comes later does not wait either
+        arrive(("127.0.0.1", hub.port), 1)
