@@ -37,6 +37,8 @@ class LossState:
     then nll and targets of each bucket of positions."""
     output_norm: list[torch.Tensor] = field(default_factory=list)
     """Root mean square of the last layer's output, one a micro-batch."""
+    target_logits: list[torch.Tensor] | None = None
+    """Where there is a list, the logits of each micro-batch's targets are added: fp64 [T x B], positions first."""
 
 
 class _ChunkedLoss(torch.autograd.Function):

@@ -200,6 +200,8 @@ class Head(torch.nn.Module):
         kind = self.kinds[targets.clamp(min=0)]
         text, image = real & (kind == TEXT), real & (kind == IMAGE)
         nll, log_z = nll.double(), log_z.double()
+        if self.state.target_logits is not None:
+            self.state.target_logits.append(log_z - nll)
         columns = [(nll, real), (log_z.square(), real), (log_z, real), (None, real)]
         columns += [(nll, text), (None, text), (nll, image), (None, image)]
         sums = torch.stack([mask.sum().double() if x is None else (x * mask).sum() for x, mask in columns])

@@ -190,6 +190,22 @@ class Engine:
             self.engine.train()
         return self._reduced()[:8]
 
+    def target_logits(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The logits of a micro-batch's targets, fp64 [T x B], positions first; equal on all ranks. No dropout.
+
+        Collective; the same micro-batch on every rank.
+        """
+        found: list[torch.Tensor] = []
+        self.state.target_logits = found
+        self.evaluate([batch])
+        self.state.target_logits = None
+        logits = torch.zeros(batch["targets"].numel(), dtype=torch.float64, device=self.context.device)
+        if found:
+            logits += found[0]
+        if self.context.pipeline > 1:
+            dist.all_reduce(logits, group=self.context.pipeline_group)
+        return logits.cpu()
+
     def _reduced(self) -> torch.Tensor:
         sums = torch.zeros(SUMS + 2, dtype=torch.float64, device=self.context.device)
         if self.state.sums is not None:

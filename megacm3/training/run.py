@@ -199,7 +199,7 @@ class Run:
         self.overrides = [*state["overrides"], *(change._asdict() | {"step": self.step} for change in changes)]
         self.guards.restore(state["guards"])
         dtypes = (saved.config["train"]["dtype"], self.config.train.dtype)
-        check_probe(state["probe"], probe(self.engine, self.config), dtypes, path)
+        difference = check_probe(state["probe"], probe(self.engine, self.config), dtypes, path)
         if self.is_main:
             for change in changes:
                 log.warning("%s was %s, is %s from step %d on", *change, self.step)
@@ -207,7 +207,10 @@ class Run:
                 then = state["versions"].get(name, now)
                 if then != now:
                     log.warning("%s is %s now; the checkpoint was made with %s", name, now, then)
-            log.info("resumed %s: step %d, %d tokens", path, self.step, self.tokens)
+            log.info(
+                "resumed %s: step %d, %d tokens; logits of the fixed batch differ by %.1e of their root mean square",
+                *(path, self.step, self.tokens, difference),
+            )
 
     def roll_back(self, wish: RollBack) -> None:
         """Go back to the newest checkpoint and leave out the sequences that made it necessary. Collective."""
