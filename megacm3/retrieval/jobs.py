@@ -118,11 +118,16 @@ class Job:
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(self.work / _PLAN, plan)
         (self.work / DONE).mkdir(exist_ok=True)
+        self._clear_unfinished()
+
+    def _clear_unfinished(self) -> None:
         for leftover in list(self.folder.rglob(".*.tmp")):
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
 
     def commit(self, settings: dict[str, Any], overwrite: bool = False) -> Manifest:
         """Put the working folder under its final name with a manifest of `settings` and the job's own."""
+        # A worker that was killed and whose unit another has made since, as Slurm does, leaves a half-written file.
+        self._clear_unfinished()
         known: dict[str, dict[str, Any]] = {}
         for note in sorted((self.work / DONE).glob("*.json")):
             known |= read_json(note)

@@ -194,6 +194,7 @@ def test_several_workers_give_the_same_bytes_and_pass_errors_on(tmp_path):
     with pytest.raises(DataError, match="unit 1 is broken"):
         run_units(Squares(broken=1), made.work, 2)
     run_units(Squares(), made.work, 2)
+    (made.folder / "squares" / ".2.txt.1.tmp").write_text("2")  # by a worker that was killed
     made.commit({"count": 4})
     assert same_bytes(tmp_path / "one" / "out", tmp_path / "broken" / "out")
 
