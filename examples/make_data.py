@@ -18,6 +18,11 @@ from pathlib import Path
 
 from PIL import Image
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megacm3.command import run
+from megacm3.errors import ConfigError, DataError
+
 CATEGORIES = ("Animals & Nature", "Food & Drink", "Travel & Places")
 HELD_OUT = 0.05
 SIZE = 48
@@ -30,14 +35,20 @@ def fraction(purpose: str, key: str) -> float:
 
 
 def read_samples(path: Path) -> dict[str, dict[str, bytes]]:
-    """All members of a webdataset tar: key -> {extension: bytes}."""
+    """All members of a webdataset tar: key -> {extension: bytes}. Raises DataError unless each has the three."""
     samples: dict[str, dict[str, bytes]] = {}
-    with tarfile.open(path) as tar:
-        for member in tar:
-            handle = tar.extractfile(member)
-            if handle is not None:
-                key, extension = member.name.split(".", 1)
-                samples.setdefault(key, {})[extension] = handle.read()
+    try:
+        with tarfile.open(path) as tar:
+            for member in tar:
+                handle = tar.extractfile(member)
+                if handle is not None:
+                    key, _, extension = member.name.partition(".")
+                    samples.setdefault(key, {})[extension] = handle.read()
+    except (OSError, tarfile.TarError) as fault:
+        raise DataError(f"--source {path} cannot be read as a tar: {getattr(fault, 'strerror', 'it is none')}") from fault
+    for key, sample in samples.items():
+        if not {"webp", "txt", "json"} <= sample.keys():
+            raise DataError(f"--source {path}: {key} has {', '.join(sample)}; expected webp, txt and json of each key")
     return samples
 
 
@@ -72,18 +83,21 @@ def write_shard(path: Path, samples: dict[str, dict[str, bytes]], keys: list[str
                 tar.addfile(member, io.BytesIO(data))
 
 
-def main() -> None:
+def main(given: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--source", type=Path, required=True, help="webdataset tar with KEY.webp, KEY.txt and KEY.json")
-    parser.add_argument("--output", type=Path, default=Path(__file__).resolve().parent / "data")
+    folder = Path(__file__).resolve().parent / "data"
+    parser.add_argument("--output", type=Path, default=folder, help="folder of the shards (default: examples/data)")
     parser.add_argument("--all-categories", action="store_true", help="about 1,600 pairs instead of 500")
     parser.add_argument("--held-out", type=float, default=HELD_OUT, metavar="SHARE", help="default %(default)s")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(given)
+    if not 0 <= arguments.held_out < 1:
+        raise ConfigError(f"--held-out {arguments.held_out}; expected a share of 0 or more, below 1")
 
     found = read_samples(arguments.source)
     samples = {key: sample for key, sample in found.items() if wanted(sample, arguments.all_categories)}
     if not samples:
-        sys.exit(f"error: {arguments.source} has no sample of the categories {', '.join(CATEGORIES)}")
+        raise DataError(f"--source {arguments.source} has no sample of the categories {', '.join(CATEGORIES)}")
     # A keyed order, since the source's order is that of the code points and would put one category into one shard.
     order = sorted(samples, key=lambda key: fraction("order", key))
     held_out = [key for key in order if fraction("heldout", key) < arguments.held_out]
@@ -97,4 +111,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

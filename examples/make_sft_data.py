@@ -11,7 +11,6 @@ make_data.py; the same source, Pillow and pyarrow give the same bytes.
 import argparse
 import json
 import re
-import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +19,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 from make_data import CATEGORIES, HELD_OUT, fraction, read_samples, small_picture
+
+from megacm3.command import run
+from megacm3.errors import DataError
 
 PEOPLE = "People & Body"
 TONES = ("light", "medium-light", "medium", "medium-dark", "dark")
@@ -102,16 +104,17 @@ def records(samples: dict[str, dict[str, bytes]], about: dict[str, dict[str, Any
                 yield edit | {"instruction": f"Change the skin tone to {entry['tone']}"}
 
 
-def main() -> None:
+def main(given: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--source", type=Path, required=True, help="webdataset tar with KEY.webp, KEY.txt and KEY.json")
-    parser.add_argument("--output", type=Path, default=Path(__file__).resolve().parent / "data")
-    arguments = parser.parse_args()
+    folder = Path(__file__).resolve().parent / "data"
+    parser.add_argument("--output", type=Path, default=folder, help="folder of the records (default: examples/data)")
+    arguments = parser.parse_args(given)
 
     samples = read_samples(arguments.source)
     about = chosen(samples)
     if not about:
-        sys.exit(f"error: {arguments.source} has no pictures with skin tones")
+        raise DataError(f"--source {arguments.source} has no pictures with skin tones")
     arguments.output.mkdir(parents=True, exist_ok=True)
     for name, wanted in (("train", False), ("heldout", True)):
         kept = {key: entry for key, entry in about.items() if held_out(key, entry["category"]) == wanted}
@@ -125,4 +128,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

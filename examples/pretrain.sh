@@ -11,18 +11,25 @@
 #   RESTARTS=N   at most so many starts after the first (default 5)
 #   DRY_RUN=1    check the config for that many ranks, print what would start, and leave
 set -uo pipefail
-if (($# == 0)); then
-  echo "error: no config given; for example: bash examples/pretrain.sh examples/configs/cm3leon_7b.yaml" >&2
-  exit 2
+case "${1:-}" in
+  -h | --help) sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$0" && exit 0 ;;
+  "") echo "error: no config given; for example: bash examples/pretrain.sh examples/configs/cm3leon_7b.yaml" >&2 && exit 2 ;;
+esac
+if ! command -v deepspeed >/dev/null; then
+  echo "error: there is no deepspeed on the PATH; enter the environment first: source .venv/bin/activate" >&2 && exit 2
 fi
 source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 
 if [[ -n "${HOSTFILE:-}" ]]; then
+  if [[ ! -r "$HOSTFILE" ]]; then echo "error: HOSTFILE=$HOSTFILE cannot be read; see examples/hostfile" >&2 && exit 2; fi
   ranks="$(awk -F slots= '!/^#/ && NF > 1 {sum += $2} END {print sum + 0}' "$HOSTFILE")"
 else
   ranks="${RANKS:-$(python -c 'import torch; print(max(1, torch.cuda.device_count()))')}"
 fi
 restarts="${RESTARTS:-5}"
+if [[ ! "$ranks" =~ ^[1-9][0-9]*$ || ! "$restarts" =~ ^[0-9]+$ ]]; then
+  echo "error: RANKS=$ranks RESTARTS=$restarts: numbers expected, of RANKS (or the HOSTFILE's slots) 1 or more" >&2 && exit 2
+fi
 if [[ -n "${DRY_RUN:-}" ]]; then
   python -m megacm3.train --dry-run "$ranks" "$@" || exit
   launch_command "$ranks" "$@"

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, NoReturn, TypeVar
 
-from megacm3.errors import ConfigError, Megacm3Error, Stopped
+from megacm3.errors import ConfigError, DataError, Megacm3Error, Stopped
 
 Item = TypeVar("Item")
 
@@ -24,8 +24,9 @@ _NOISE = (
 def run(main: Callable[[list[str] | None], int | None]) -> NoReturn:
     """Run a command's `main` and leave with the contract's exit code.
 
-    A `Megacm3Error` becomes one `error:` line on stderr; Ctrl-C becomes exit code 75, since all offline work is
-    committed unit by unit. Anything else is a fault of ours and keeps its traceback.
+    A `Megacm3Error` becomes one `error:` line on stderr; so does a file that cannot be read or written (no permission,
+    no space, a file in a folder's place). Ctrl-C becomes exit code 75, since all offline work is committed unit by
+    unit. Anything else is a fault of ours and keeps its traceback.
     """
     logging.basicConfig(level=os.environ.get("MEGACM3_LOG", "INFO"), format="%(message)s", stream=sys.stderr)
     for message in _NOISE:
@@ -44,6 +45,12 @@ def run(main: Callable[[list[str] | None], int | None]) -> NoReturn:
     except BrokenPipeError:
         sys.stderr.close()
         code = 0
+    except OSError as error:
+        if not error.filename:
+            raise
+        logging.getLogger(__name__).debug("in full:", exc_info=error)
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        code = DataError.exit_code
     sys.exit(code)
 
 

@@ -4,7 +4,10 @@ Says what is missing and what that costs. Exit code 0 = everything needed is the
 """
 
 import argparse
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megacm3.command import run
 

@@ -15,7 +15,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Run the same command again to continue; the keys stand in megacm3/training/sweep.py.",
     )
     add = parser.add_argument
-    add("sweep", metavar="YAML", help="such as examples/configs/sweep_sft_cm3leon.yaml")
+    add("sweep", metavar="YAML", help="such as examples/configs/sweep_sft_cm3leon_7b.yaml")
     add(
         "overrides",
         nargs="*",
@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ModuleNotFoundError as fault:
         if fault.name != "optuna":
             raise
-        raise ConfigError("sweeps need Optuna: pip install 'megacm3[sweep]', or pip install optuna") from fault
+        raise ConfigError("sweeps need Optuna, which is not installed; pip install optuna") from fault
 
     sweep = load_sweep(given.sweep, parse_overrides(given.overrides))
     found = run_sweep(sweep, lambda line: print(line, flush=True))

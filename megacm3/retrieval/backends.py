@@ -107,7 +107,7 @@ def import_extra(package: str, extra: str) -> ModuleType:
     except ImportError as fault:
         raise ConfigError(
             f"the backend {extra} needs the package {package}, which cannot be imported ({fault}); "
-            f'pip install "megacm3[{extra}]"'
+            f"in the checkout: pip install -e '.[{extra}]'"
         ) from fault
 
 

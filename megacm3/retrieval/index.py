@@ -50,7 +50,7 @@ def load_faiss() -> ModuleType:
     try:
         import faiss
     except ImportError as fault:
-        raise ConfigError("faiss is not installed; pip install faiss-cpu (or faiss-gpu), or megacm3[cpu]") from fault
+        raise ConfigError("faiss is not installed; pip install faiss-cpu (or faiss-gpu, never both)") from fault
     return faiss
 
 
@@ -64,7 +64,7 @@ def gpu_count(device: str) -> int:
     if count:
         logger.info("faiss trains the index on %d GPUs", count)
     else:
-        logger.info("faiss here sees no GPU: the index is trained on the CPU; faiss-gpu (megacm3[gpu]) would be faster")
+        logger.info("faiss here sees no GPU: the index is trained on the CPU; faiss-gpu would be faster")
     return count
 
 

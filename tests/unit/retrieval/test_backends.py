@@ -30,7 +30,7 @@ def service():
 def other(request, made, tmp_path_factory):
     """(backend, bank) for each backend whose package is installed."""
     backend = request.param
-    pytest.importorskip(PACKAGES[backend], reason=f'{backend}: pip install "megacm3[{backend}]"')
+    pytest.importorskip(PACKAGES[backend], reason=f"{backend}: pip install -e '.[{backend}]'")
     flags = {}
     with pytest.MonkeyPatch.context() as patch:
         if backend == "pinecone":
@@ -103,7 +103,7 @@ def test_a_second_run_finds_it_finished(other, made):
 
 
 def test_a_bank_is_verified_with_its_own_vectors(tmp_path, made):
-    pytest.importorskip("annoy", reason='annoy: pip install "megacm3[annoy]"')
+    pytest.importorskip("annoy", reason="annoy: pip install -e '.[annoy]'")
     for name in ("one", "two"):
         build_bank(made.bank_options(tmp_path / name, backend="annoy"))
     assert verify_bank(tmp_path / "one").found_first == 1.0
@@ -112,7 +112,7 @@ def test_a_bank_is_verified_with_its_own_vectors(tmp_path, made):
 
 
 def test_neighbours_come_from_any_backend(tmp_path, made):
-    pytest.importorskip("annoy", reason='annoy: pip install "megacm3[annoy]"')
+    pytest.importorskip("annoy", reason="annoy: pip install -e '.[annoy]'")
     build_bank(made.bank_options(tmp_path / "bank", backend="annoy"))
     given = {"block": 20, "search": 32, "keep": 8, "duplicate": 0.999, "workers": 1}
     found = find_neighbours(NeighbourOptions(str(tmp_path / "bank"), str(tmp_path / "neighbours"), **given))
@@ -121,7 +121,7 @@ def test_neighbours_come_from_any_backend(tmp_path, made):
 
 @pytest.mark.parametrize("kind", ["IVF_FLAT", "HNSW"])
 def test_milvus_takes_its_own_kinds_of_index(tmp_path, made, kind):
-    pytest.importorskip("milvus_lite", reason='milvus: pip install "megacm3[milvus]"')
+    pytest.importorskip("milvus_lite", reason="milvus: pip install -e '.[milvus]'")
     build_bank(made.bank_options(tmp_path / "bank", backend="milvus", index=kind))
     bank = MemoryBank.open(tmp_path / "bank")
     _, ids = bank.search(bank.embeddings.documents(np.arange(10)), 1)
@@ -130,7 +130,7 @@ def test_milvus_takes_its_own_kinds_of_index(tmp_path, made, kind):
 
 
 def test_milvus_lite_survives_a_move_and_knows_when_it_lost_its_data(tmp_path, made):
-    pytest.importorskip("milvus_lite", reason='milvus: pip install "megacm3[milvus]"')
+    pytest.importorskip("milvus_lite", reason="milvus: pip install -e '.[milvus]'")
     build_bank(made.bank_options(tmp_path / "bank", backend="milvus"))
     shutil.move(tmp_path / "bank", tmp_path / "moved")
     bank = MemoryBank.open(tmp_path / "moved", "sha256")
@@ -143,7 +143,7 @@ def test_milvus_lite_survives_a_move_and_knows_when_it_lost_its_data(tmp_path, m
 
 
 def test_milvus_lite_in_two_hands_is_refused_in_words(tmp_path, made):
-    pytest.importorskip("milvus_lite", reason='milvus: pip install "megacm3[milvus]"')
+    pytest.importorskip("milvus_lite", reason="milvus: pip install -e '.[milvus]'")
     from milvus_lite.db import MilvusLite
 
     build_bank(made.bank_options(tmp_path / "bank", backend="milvus"))
@@ -156,7 +156,7 @@ def test_milvus_lite_in_two_hands_is_refused_in_words(tmp_path, made):
 
 
 def test_a_damaged_annoy_file_is_refused(tmp_path, made):
-    pytest.importorskip("annoy", reason='annoy: pip install "megacm3[annoy]"')
+    pytest.importorskip("annoy", reason="annoy: pip install -e '.[annoy]'")
     build_bank(made.bank_options(tmp_path / "bank", backend="annoy"))
     path = tmp_path / "bank" / "index" / "trees.annoy"
     flip(path)
@@ -168,7 +168,7 @@ def test_a_damaged_annoy_file_is_refused(tmp_path, made):
 
 
 def test_pinecone_refusals_are_said_in_one_line(tmp_path, made, service, monkeypatch):
-    pytest.importorskip("pinecone", reason='pinecone: pip install "megacm3[pinecone]"')
+    pytest.importorskip("pinecone", reason="pinecone: pip install -e '.[pinecone]'")
     options = made.bank_options(tmp_path / "bank", backend="pinecone", server=service.address)
     monkeypatch.delenv("PINECONE_API_KEY", raising=False)
     with pytest.raises(ConfigError, match="PINECONE_API_KEY"):
@@ -182,7 +182,7 @@ def test_pinecone_refusals_are_said_in_one_line(tmp_path, made, service, monkeyp
 
 
 def test_a_bank_whose_records_were_deleted_is_refused(tmp_path, made, monkeypatch):
-    pytest.importorskip("pinecone", reason='pinecone: pip install "megacm3[pinecone]"')
+    pytest.importorskip("pinecone", reason="pinecone: pip install -e '.[pinecone]'")
     monkeypatch.setenv("PINECONE_API_KEY", KEY)
     with stand_in(DIM) as running:
         build_bank(made.bank_options(tmp_path / "bank", backend="pinecone", server=running.address))

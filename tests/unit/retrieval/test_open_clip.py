@@ -33,7 +33,7 @@ def open_clip():
     suffice.
     """
     if importlib.util.find_spec("open_clip") is None:
-        pytest.skip('open_clip: pip install "megacm3[open_clip]"')
+        pytest.skip("open_clip: pip install -e '.[open_clip]'")
     import torch
 
     library = torch.library.Library("torchvision", "FRAGMENT")

@@ -1,0 +1,99 @@
+"""What every command line owes somebody who types something wrong: one line, a code of the contract, at once."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+TOOLS = sorted((ROOT / "tools").glob("*.py")) + sorted((ROOT / "examples").glob("*.py"))
+HEAVY = "{'torch', 'transformers', 'faiss', 'diffusers', 'deepspeed'} & set(sys.modules)"
+
+
+def typed(path: Path, *arguments: str, folder: Path = ROOT, **variables: str) -> subprocess.CompletedProcess[str]:
+    """A script as a user runs it, without this checkout on the path."""
+    words = ["bash"] if path.suffix in (".sh", ".sbatch") else [sys.executable]
+    given = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | variables
+    return subprocess.run(
+        [*words, str(path), *arguments], cwd=folder, env=given, capture_output=True, text=True, timeout=120
+    )
+
+
+def refused(done: subprocess.CompletedProcess[str], code: int, *words: str) -> None:
+    """Its last line is the one error line, which has the words."""
+    assert done.returncode == code and "Traceback" not in done.stderr, done.stderr
+    assert done.stderr.count("error: ") == 1 and all(word in done.stderr for word in words), done.stderr
+
+
+@pytest.mark.parametrize("tool", TOOLS, ids=lambda path: path.stem)
+def test_help_and_an_unknown_flag_from_another_folder_load_nothing_heavy(tool: Path, tmp_path: Path) -> None:
+    code = f"import atexit, runpy, sys\natexit.register(lambda: print('heavy:', {HEAVY}))\n"
+    code += "sys.argv = sys.argv[1:]\nsys.path[0] = str(__import__('pathlib').Path(sys.argv[0]).parent)\nrunpy.run_path(sys.argv[0], run_name='__main__')"
+    (tmp_path / "ask.py").write_text(code)
+    shown = typed(tmp_path / "ask.py", str(tool), "--help", folder=tmp_path)
+    assert shown.returncode == 0 and "usage: " in shown.stdout and "heavy: set()" in shown.stdout, shown.stderr
+    wrong = typed(tmp_path / "ask.py", str(tool), "--no-such-flag", folder=tmp_path)
+    refused(wrong, 2)
+    assert "heavy: set()" in wrong.stdout
+    for named in re.findall(r"(?:examples|megacm3|tools)/[\w/.]+\.\w+", shown.stdout):
+        assert (ROOT / named).is_file(), named
+    assert os.listdir(tmp_path) == ["ask.py"]
+
+
+def test_a_tool_uses_the_checkout_that_it_lies_in(tmp_path: Path) -> None:
+    """Also where the environment was made for another one."""
+    (tmp_path / "tools").mkdir()
+    (tmp_path / "megacm3").mkdir()
+    (tmp_path / "megacm3" / "__init__.py").write_text("raise SystemExit('this checkout')")
+    for tool in (ROOT / "tools").glob("*.py"):
+        (tmp_path / "tools" / tool.name).write_text(tool.read_text())
+        assert "this checkout" in typed(tmp_path / "tools" / tool.name, "--help").stderr, tool.name
+
+
+@pytest.mark.parametrize("name", ["make_data", "make_sft_data"])
+def test_a_source_of_another_kind(name: str, tmp_path: Path) -> None:
+    pairs = ROOT / "examples" / "data" / "heldout-00000.tar"
+    for source, word in ((tmp_path / "no.tar", "No such file"), (Path(__file__), "cannot be read"), (pairs, "json")):
+        done = typed(ROOT / "examples" / f"{name}.py", "--source", str(source), "--output", str(tmp_path / "out"))
+        refused(done, 3, f"--source {source}", word)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    code = "from megacm3.command import run\nfrom pathlib import Path\nimport sys\n"
+    (tmp_path / "ask.py").write_text(code + "run(lambda _: Path(sys.argv[1], 'x').write_text('y') and 0)")
+    done = typed(tmp_path / "ask.py", str(tmp_path / "file"), PYTHONPATH=str(ROOT))
+    refused(done, 3, f"{tmp_path}/file/x: Not a directory")
+
+
+def test_the_recipes_say_how_they_are_used() -> None:
+    scripts = [ROOT / "examples" / name for name in ("pretrain.sh", "pretrain.sbatch", "quickstart.sh", "sft.sh")]
+    for script in [*scripts, ROOT / "examples" / "retrieval_gain.sh"]:
+        shown = typed(script, "--help")
+        assert shown.returncode == 0 and f"examples/{script.name} " in shown.stdout and not shown.stderr, script
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"RANKS": "all"}, "RANKS=all"),
+        ({"RANKS": "0"}, "RANKS=0"),
+        ({"RANKS": "2", "RESTARTS": "-1"}, "RESTARTS=-1"),
+        ({"HOSTFILE": "nowhere"}, "HOSTFILE=nowhere cannot be read"),
+        ({"PATH": "/usr/bin:/bin"}, "source .venv/bin/activate"),
+    ],
+)
+def test_a_recipe_called_wrongly(variables: dict[str, str], words: str) -> None:
+    done = typed(ROOT / "examples" / "pretrain.sh", "examples/configs/cm3leon_7b.yaml", **variables)
+    refused(done, 2, words)
+
+
+def test_a_slurm_script_outside_slurm() -> None:
+    config, script = "examples/configs/cm3leon_7b.yaml", ROOT / "examples" / "pretrain.sbatch"
+    refused(typed(script, config), 2, "sbatch")
+    refused(typed(script, config, DRY_RUN="1"), 2, "SLURM_NTASKS")
+    refused(typed(script), 2, "no config given")
