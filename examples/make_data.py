@@ -45,7 +45,8 @@ def read_samples(path: Path) -> dict[str, dict[str, bytes]]:
                     key, _, extension = member.name.partition(".")
                     samples.setdefault(key, {})[extension] = handle.read()
     except (OSError, tarfile.TarError) as fault:
-        raise DataError(f"--source {path} cannot be read as a tar: {getattr(fault, 'strerror', 'it is none')}") from fault
+        why = getattr(fault, "strerror", "it is none")
+        raise DataError(f"--source {path} cannot be read as a tar: {why}") from fault
     for key, sample in samples.items():
         if not {"webp", "txt", "json"} <= sample.keys():
             raise DataError(f"--source {path}: {key} has {', '.join(sample)}; expected webp, txt and json of each key")

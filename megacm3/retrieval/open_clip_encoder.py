@@ -28,8 +28,8 @@ def load_open_clip(folder: Path, device: str, fingerprint: str) -> Encoder:
     except (ImportError, RuntimeError) as fault:
         # RuntimeError: a torchvision that was built for another torch (the package index has that for CUDA).
         raise ConfigError(
-            f"{folder} is a model of open_clip, which cannot be imported ({fault}); pip install -e '.[open_clip]' in the checkout, "
-            "with the torchvision that belongs to this torch"
+            f"{folder} is a model of open_clip, which cannot be imported ({fault}); in the checkout: "
+            "pip install -e '.[open_clip]', with the torchvision that belongs to this torch"
         ) from fault
     text = read_json(folder / OPEN_CLIP).get("model_cfg", {}).get("text_cfg", {})
     if "hf_tokenizer_name" in text or "hf_model_name" in text:
