@@ -31,7 +31,8 @@ def refused(done: subprocess.CompletedProcess[str], code: int, *words: str) -> N
 @pytest.mark.parametrize("tool", TOOLS, ids=lambda path: path.stem)
 def test_help_and_an_unknown_flag_from_another_folder_load_nothing_heavy(tool: Path, tmp_path: Path) -> None:
     code = f"import atexit, runpy, sys\natexit.register(lambda: print('heavy:', {HEAVY}))\n"
-    code += "sys.argv, sys.path[0] = sys.argv[1:], sys.argv[1].rpartition('/')[0]\nrunpy.run_path(sys.argv[0], run_name='__main__')"
+    code += "sys.argv, sys.path[0] = sys.argv[1:], sys.argv[1].rpartition('/')[0]\n"
+    code += "runpy.run_path(sys.argv[0], run_name='__main__')"
     (tmp_path / "ask.py").write_text(code)
     shown = typed(tmp_path / "ask.py", str(tool), "--help", folder=tmp_path)
     assert shown.returncode == 0 and "usage: " in shown.stdout and "heavy: set()" in shown.stdout, shown.stderr
