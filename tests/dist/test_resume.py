@@ -74,6 +74,7 @@ def test_twenty_steps_with_a_stop_are_bitwise_those_without(
     assert sum(line["data_retrieved"] for line in drawn) > STEPS and sum(line["data_spans"] for line in drawn) > STEPS
 
 
+@pytest.mark.long
 def test_the_random_parts_are_switched_on(config: Path, tmp_path: Path) -> None:
     """Without one of them, or with other draws, the second step is another (the first has no dropout: blocks add 0)."""
     keys = {

@@ -72,6 +72,7 @@ def test_a_run_that_stops_and_resumes_is_the_unbroken_run(config: Path, tmp_path
     assert saved.model.dropout == 0.1
 
 
+@pytest.mark.long
 def test_one_process_reads_the_same_samples_and_sees_the_same_losses(config: Path, tmp_path: Path) -> None:
     two, one = tmp_path / "two", tmp_path / "one"
     assert _launch(config, two, "train.stop_at=3").returncode == 0
