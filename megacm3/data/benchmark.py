@@ -138,8 +138,8 @@ def _tokenizers(work: Path) -> None:
 
     from megacm3.tokenizers.image import save_image_tokenizer
     from megacm3.tokenizers.image_config import NetworkConfig
+    from megacm3.tokenizers.image_network import build_network
     from megacm3.tokenizers.text import train_text_tokenizer
-    from megacm3.tokenizers.train_image import build_network
 
     train_text_tokenizer([_caption(n) for n in range(200)], 512, work / "text")
     torch.manual_seed(seed_from("benchmark"))

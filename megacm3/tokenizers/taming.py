@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megacm3.errors import ConfigError, DataError
 from megacm3.tokenizers.image_config import NetworkConfig
-from megacm3.tokenizers.train_image import build_network
+from megacm3.tokenizers.image_network import build_network
 
 _DECODE_SHARE = 2.0**-6
 """Scale of the decoding entries inside a Gumbel table: small, so that they add little to the distances' rounding."""

@@ -8,7 +8,8 @@ import torch
 from megacm3.tokenizers.image import ImageTokenizer
 from megacm3.tokenizers.image_config import load_image_config
 from megacm3.tokenizers.pictures import Pictures
-from megacm3.tokenizers.train_image import Trainer, _ranks, train_image_tokenizer
+from megacm3.tokenizers.image_trainer import Trainer
+from megacm3.tokenizers.train_image import ranks, train_image_tokenizer
 from tests.helpers.distributed import run_distributed
 
 SMALL = [
@@ -27,7 +28,7 @@ def pictures():
 def run(folder: str, overrides: list[str], steps: int = 3) -> tuple[dict, dict]:
     """Some steps; gives the losses of the last one and all state."""
     config = load_image_config(None, [*SMALL, *overrides])
-    with _ranks("cpu"):
+    with ranks("cpu"):
         trainer = Trainer(config, pictures(), Path(folder))
         losses = {}
         for _ in range(steps):

@@ -26,8 +26,8 @@ from megacm3.files import read_manifest
 from megacm3.tokenizers.chameleon_text import train_chameleon
 from megacm3.tokenizers.image import ImageTokenizer, save_image_tokenizer
 from megacm3.tokenizers.image_config import NetworkConfig
+from megacm3.tokenizers.image_network import build_network
 from megacm3.tokenizers.text import TextTokenizer, save_chameleon, train_text_tokenizer
-from megacm3.tokenizers.train_image import build_network
 from tests.unit.data.makers import pairs, picture, write_tar
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -8,8 +8,8 @@ import torch
 from megacm3.tokenizers.chameleon_text import train_chameleon
 from megacm3.tokenizers.image import ImageTokenizer, save_image_tokenizer
 from megacm3.tokenizers.image_config import NetworkConfig
+from megacm3.tokenizers.image_network import build_network
 from megacm3.tokenizers.text import TextTokenizer, save_chameleon, train_text_tokenizer
-from megacm3.tokenizers.train_image import build_network
 
 SMALL = NetworkConfig(
     image_size=32, channels=[8, 8, 16], layers_per_block=1, latent_channels=8, codebook_size=64, code_dim=8,

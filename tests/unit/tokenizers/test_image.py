@@ -17,7 +17,7 @@ from megacm3.tokenizers.image import (
     to_unit,
 )
 from megacm3.tokenizers.image_config import NetworkConfig
-from megacm3.tokenizers.train_image import build_network
+from megacm3.tokenizers.image_network import build_network
 
 TINY = NetworkConfig(
     image_size=16, channels=[8, 8, 8], layers_per_block=1, latent_channels=8, codebook_size=32, code_dim=4,

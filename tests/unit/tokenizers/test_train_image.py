@@ -15,8 +15,10 @@ from megacm3.tokenizers import image_metrics
 from megacm3.tokenizers.image import ImageTokenizer
 from megacm3.tokenizers.image_config import load_image_config
 from megacm3.tokenizers.image_losses import FeatureDistance, PatchDiscriminator, adaptive_weight, discriminator_loss
+from megacm3.tokenizers.image_network import build_network
+from megacm3.tokenizers.image_trainer import Trainer
 from megacm3.tokenizers.pictures import Pictures, crop_regions, prepare_pictures
-from megacm3.tokenizers.train_image import Trainer, build_network, train_image_tokenizer
+from megacm3.tokenizers.train_image import train_image_tokenizer
 from tests.unit.data.makers import pairs, picture, write_tar
 
 ROOT = Path(__file__).resolve().parents[3]
