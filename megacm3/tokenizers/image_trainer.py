@@ -1,8 +1,8 @@
 """A step of the image tokenizer's training, and the state between two of them.
 
 vector-quantize-pytorch holds the codebook while training (k-means start, moving averages, replacement of dead codes);
-at the end its entries become the VQModel's. Gradients are averaged over the ranks. A step is a function of seed and number,
-so that a stopped run continues as if it had not stopped.
+at the end its entries become the VQModel's. Gradients are averaged over the ranks. A step is a function
+of seed and number, so that a stopped run continues as if it had not stopped.
 """
 
 import math
