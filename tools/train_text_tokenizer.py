@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -50,9 +51,9 @@ def main(arguments: list[str] | None = None) -> int:
     if finished(given.output, settings, inputs, overwrite=given.overwrite):
         print(f"{given.output} is finished already: same inputs and size ({TextTokenizer.load(given.output).size} ids)")
         return 0
-    rejects: list[object] = []
-    filters = tuple(given.text_filter)
-    texts = progress(iter_texts(shards, rejects.append, filters), unit=" texts", description="read") if shards else []
+    rejects: Counter[str] = Counter()
+    read = iter_texts(shards, lambda row: rejects.update([row.reason]), tuple(given.text_filter))
+    texts = progress(read, unit=" texts", description="read") if shards else []
     if family == "chameleon":
         text = text or train_chameleon(texts, size)
         tokenizer = save_chameleon(
@@ -69,7 +70,8 @@ def main(arguments: list[str] | None = None) -> int:
             further=further,
             overwrite=given.overwrite,
         )
-    skipped = f"; {len(rejects)} rows without usable text skipped" if rejects else ""
+    reasons = ", ".join(f"{count} {reason}" for reason, count in rejects.most_common())
+    skipped = f"; {rejects.total()} rows without usable text skipped ({reasons})" if rejects else ""
     print(f"{given.output}: {tokenizer.size} ids, {tokenizer.pieces} of them in use{skipped}")
     return 0
 

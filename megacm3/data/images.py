@@ -5,7 +5,6 @@ a picture with grey rows. Resizing follows Chameleon's released tokenizer: LANCZ
 """
 
 import io
-import struct
 import warnings
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -63,8 +62,11 @@ def open_image(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> Picture:
         raise Reject("unknown_format", f"first bytes {data[:8].hex()}") from fault
     except Image.DecompressionBombError as fault:
         raise Reject("too_many_pixels", str(fault)) from fault
-    except (OSError, ValueError, SyntaxError, struct.error) as fault:
-        raise Reject("corrupt_image", str(fault)) from fault
+    except MemoryError:
+        raise
+    except Exception as fault:
+        # PIL's readers raise whatever their libraries do on damaged files: OSError, SyntaxError, RuntimeError ...
+        raise Reject("corrupt_image", f"{type(fault).__name__}: {fault}") from fault
     width, height = image.size
     _check_header(width, height, limits)
     try:
@@ -78,8 +80,10 @@ def open_image(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> Picture:
         return picture
     except Image.DecompressionBombError as fault:
         raise Reject("too_many_pixels", str(fault)) from fault
-    except (OSError, EOFError, ValueError, SyntaxError, IndexError, KeyError, TypeError, struct.error) as fault:
-        # What PIL's decoders raise on damaged files; a fault of ours would show in the tests of whole pictures.
+    except (MemoryError, Reject):
+        raise
+    except Exception as fault:
+        # As above; a fault of ours would show in the tests of whole pictures.
         raise Reject("corrupt_image", f"{type(fault).__name__}: {fault}") from fault
 
 

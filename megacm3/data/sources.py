@@ -11,7 +11,7 @@ import os
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -144,19 +144,26 @@ def readers() -> dict[str, Callable[[Shard, ReadOptions], Iterator[Sample | Reje
 def read_shard(shard: Shard, options: ReadOptions = ReadOptions()) -> Iterator[Sample | Rejected]:
     """The rows of one shard, in order. Raises DataError when the shard as a whole is damaged."""
     try:
-        if options.sft is not None:
-            from megacm3.sft.read import read_sft
-
-            yield from read_sft(shard, options.sft)
-            return
-        items = readers()[shard.kind](shard, options)
-        if options.text_filters and (options.pictures or shard.kind in ("warc", "lines")):
-            from megacm3.data.filters import filter_texts
-
-            items = filter_texts(items, options.text_filters)
-        yield from items
+        for item in _items(shard, options):
+            if isinstance(item, Rejected):
+                yield replace(item, key=writable(item.key), detail=writable(item.detail))
+            else:
+                yield item if item.key.isascii() else replace(item, key=writable(item.key))
     except OSError as fault:
         raise DataError(f"{shard.path} cannot be read: {fault}") from fault
+
+
+def _items(shard: Shard, options: ReadOptions) -> Iterator[Sample | Rejected]:
+    if options.sft is not None:
+        from megacm3.sft.read import read_sft
+
+        return read_sft(shard, options.sft)
+    items = readers()[shard.kind](shard, options)
+    if options.text_filters and (options.pictures or shard.kind in ("warc", "lines")):
+        from megacm3.data.filters import filter_texts
+
+        return filter_texts(items, options.text_filters)
+    return items
 
 
 def find_shards(inputs: str | Iterable[str], rows_per_unit: int = 10_000) -> list[Shard]:
@@ -189,7 +196,11 @@ def expand(pattern: str) -> list[str]:
     from braceexpand import braceexpand
 
     found: list[str] = []
-    for single in [pattern] if os.path.exists(pattern) else braceexpand(pattern):
+    try:
+        singles = [pattern] if os.path.exists(pattern) else list(braceexpand(pattern))
+    except ValueError as fault:
+        raise DataError(f"--input {pattern} matches no file, and its braces are not balanced") from fault
+    for single in singles:
         matches = [single] if os.path.exists(single) else glob.glob(single, recursive=True)
         if not matches:
             raise DataError(f"--input {single} matches no file or folder")
@@ -247,6 +258,8 @@ def _common_folder(paths: list[str]) -> str:
 
 def _shards_of(path: str, base: str, rows_per_unit: int) -> list[Shard]:
     name = os.path.relpath(path, base).replace(os.sep, "/")
+    if writable(name) != name:
+        raise DataError(f"--input {writable(path)} has a name that is not UTF-8; rename it")
     if _is_dataset(path):
         from megacm3.data import tables
 
@@ -272,11 +285,16 @@ def identify(shards: list[Shard]) -> str:
 
     Enough to see a change without reading hundreds of terabytes twice; the folder's place does not count.
     """
+    return sha256_json(identities(shards))
+
+
+def identities(shards: list[Shard]) -> list[list[str]]:
+    """[name, sha256 of size and both ends] of each shard."""
     from concurrent.futures import ThreadPoolExecutor
 
     with ThreadPoolExecutor(16) as pool:
-        identities = list(pool.map(_identity, shards))
-    return sha256_json([[shard.name, identity] for shard, identity in zip(shards, identities, strict=True)])
+        found = list(pool.map(_identity, shards))
+    return [[shard.name, identity] for shard, identity in zip(shards, found, strict=True)]
 
 
 def _identity(shard: Shard) -> str:
@@ -319,7 +337,8 @@ def parse_json(raw: bytes | str) -> dict[str, Any]:
     """A JSON object. Raises Reject: invalid_json."""
     try:
         value = json.loads(raw)
-    except (UnicodeDecodeError, json.JSONDecodeError) as fault:
+    except (ValueError, RecursionError) as fault:
+        # Beside what is no JSON: numbers of thousands of digits, brackets nested too deep.
         raise Reject("invalid_json", str(fault)) from fault
     if not isinstance(value, dict):
         raise Reject("invalid_json", f"a {type(value).__name__} instead of an object")
@@ -327,8 +346,18 @@ def parse_json(raw: bytes | str) -> dict[str, Any]:
 
 
 def inside(folder: str | Path, name: str) -> Path:
-    """`folder`/`name`, which must lie below the folder. Raises Reject: outside_folder."""
-    path = Path(folder, name)
-    if not path.resolve().is_relative_to(Path(folder).resolve()):
+    """`folder`/`name`, which must lie below the folder. Raises Reject: outside_folder, no_path."""
+    try:
+        path = Path(folder, name)
+        below = path.resolve().is_relative_to(Path(folder).resolve())
+    except (ValueError, RuntimeError) as fault:
+        # A NUL or a lone surrogate in it, or a link to itself.
+        raise Reject("no_path", f"{name!r}: {fault}") from fault
+    if not below:
         raise Reject("outside_folder", name)
     return path
+
+
+def writable(text: str) -> str:
+    """`text` with lone surrogates spelt out: names of files need not be Unicode, a store's columns must be."""
+    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()

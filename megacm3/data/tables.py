@@ -7,7 +7,9 @@ of `images` belongs.
 
 import base64
 import binascii
+import errno
 import gzip
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, TypeAlias
@@ -29,6 +31,8 @@ from megacm3.errors import DataError
 KEY_FIELDS = ("key", "__key__", "id", "uid")
 _BATCH = 256
 """Rows of a parquet file read at once."""
+_NO_FILE = (errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG)
+"""What opening a picture gives when its row is wrong; other faults are the disk's."""
 
 
 Row: TypeAlias = tuple[int, dict[str, Any] | Reject]
@@ -52,16 +56,33 @@ def parquet_rows(shard: Shard, choose: Callable[[list[str]], list[str]] = list) 
 
     try:
         file = pq.ParquetFile(shard.path)
-    except pa.ArrowInvalid as fault:
+    except (pa.ArrowException, UnicodeDecodeError) as fault:
         raise DataError(f"{shard.path} is not a whole parquet file: {str(fault).splitlines()[0]}") from fault
     row = 0
     try:
         for batch in file.iter_batches(batch_size=_BATCH, columns=choose(file.schema_arrow.names)):
-            for record in batch.to_pylist():
+            for record in _records(batch):
                 yield row, record
                 row += 1
-    except (pa.ArrowInvalid, OSError) as fault:
+    except (pa.ArrowException, UnicodeDecodeError, OSError) as fault:
         raise DataError(f"{shard.path} is damaged at row {row}: {str(fault).splitlines()[0]}") from fault
+
+
+def _records(batch: Any) -> list[dict[str, Any] | Reject]:
+    # Text that is no UTF-8 and dates that Python has not are found out when a row becomes objects.
+    try:
+        return batch.to_pylist()
+    except (ValueError, OverflowError, LookupError):
+        return [_record(batch.slice(row, 1)) for row in range(batch.num_rows)]
+
+
+def _record(one: Any) -> dict[str, Any] | Reject:
+    try:
+        return one.to_pylist()[0]
+    except UnicodeDecodeError as fault:
+        return Reject("invalid_utf8", str(fault))
+    except (ValueError, OverflowError, LookupError) as fault:
+        return Reject("unreadable_row", f"{type(fault).__name__}: {fault}")
 
 
 def read_jsonl(shard: Shard, options: ReadOptions) -> Iterator[Sample | Rejected]:
@@ -99,7 +120,7 @@ def _lines(path: str) -> Iterator[tuple[int, bytes]]:
             for row, line in enumerate(file):
                 if line.strip():
                     yield row, line.rstrip(b"\r\n")
-    except (EOFError, gzip.BadGzipFile) as fault:
+    except (EOFError, gzip.BadGzipFile, zlib.error) as fault:
         raise DataError(f"{path} is damaged: {fault}") from fault
 
 
@@ -235,7 +256,7 @@ def _not_empty(parts: list[str | bytes]) -> tuple[str | bytes, ...]:
 def picture_bytes(value: Any, table: Path) -> bytes:
     """The bytes of a picture: themselves, a struct of bytes and path, a data URL, or a path in the table's folder.
 
-    Raises Reject: no_image, corrupt_image, outside_folder.
+    Raises Reject: no_image, corrupt_image, outside_folder, no_path.
     """
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
@@ -249,7 +270,10 @@ def picture_bytes(value: Any, table: Path) -> bytes:
         except (binascii.Error, ValueError) as fault:
             raise Reject("corrupt_image", f"data URL: {fault}") from fault
     folder = table if table.is_dir() else table.parent
+    path = inside(folder, value)
     try:
-        return inside(folder, value).read_bytes()
-    except (FileNotFoundError, IsADirectoryError) as fault:
+        return path.read_bytes()
+    except OSError as fault:
+        if fault.errno not in _NO_FILE:
+            raise
         raise Reject("no_image", f"{value} does not exist beside {table.name}") from fault

@@ -6,10 +6,13 @@ delivers the first of two files of one name. The walk notes where each member's 
 once and data is read in whole members, not through the stream reader's small blocks.
 """
 
+import lzma
 import os
 import re
 import tarfile
+import zlib
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +23,9 @@ from megacm3.errors import DataError
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
 TEXT_SUFFIXES = ("txt", "caption")
 _BLOCK = 512
+_UNREADABLE = (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError)
+_REST = 1 << 20
+"""Bytes looked at at once behind the end of a tar."""
 
 
 @dataclass
@@ -66,6 +72,8 @@ def walk(path: str) -> _Walk:
                 if suffix.lower() in seen:
                     found.bad[key] = ("duplicate_name", f"{member.name} occurs twice")
                 found.rows.setdefault(key, len(found.rows))
+                if suffix.startswith("__"):
+                    found.bad[key] = ("not_a_sample", f"{member.name} has a suffix of webdataset's own")
                 if member.sparse is not None:
                     found.bad[key] = ("not_a_sample", f"{member.name} is stored with holes (tar --sparse)")
                 seen.add(suffix.lower())
@@ -73,7 +81,7 @@ def walk(path: str) -> _Walk:
                 last = key
                 tar.members = []  # type: ignore[attr-defined]
             found.damage = _missing_end(tar)
-    except (tarfile.TarError, EOFError, OSError) as fault:
+    except _UNREADABLE as fault:
         found.damage = str(fault) or type(fault).__name__
     if found.damage and last is not None:
         found.bad.setdefault(last, ("cut_off", "the last files before the damage"))
@@ -86,11 +94,18 @@ def _is_meta(name: str) -> bool:
 
 
 def _missing_end(tar: tarfile.TarFile) -> str:
-    # A whole tar ends with two blocks of zeros; tarfile accepts any end at a member's border.
+    # A whole tar ends with two blocks of zeros, and only zeros follow. tarfile accepts any end between two members, and
+    # takes the first block of zeros for the end, even if samples come after it.
     assert tar.fileobj is not None
     tar.fileobj.seek(tar.offset)
     end = tar.fileobj.read(2 * _BLOCK)
-    return "" if end == bytes(2 * _BLOCK) else "the end-of-archive mark is missing: the file was cut off"
+    if len(end) < 2 * _BLOCK or any(end[:_BLOCK]):
+        return "the end-of-archive mark is missing: the file was cut off"
+    while end:
+        if end.count(0) != len(end):
+            return "data follows the end-of-archive mark: a hole in the file, or several tars put together by cat"
+        end = tar.fileobj.read(_REST)
+    return ""
 
 
 def _expected_samples(path: str) -> int | None:
@@ -141,11 +156,13 @@ def _members(path: str, found: _Walk, options: ReadOptions) -> Iterator[dict[str
 
 def _files(path: str, found: _Walk, options: ReadOptions) -> Iterator[dict[str, Any]]:
     # What webdataset's reader gives: name and data of each wanted member, then an end mark.
-    with tarfile.open(path, "r:*") as tar:
-        assert tar.fileobj is not None
-        for name, key, suffix, start, size in found.members:
-            if key in found.bad or (suffix in IMAGE_SUFFIXES and not options.pictures):
+    wanted = [member for member in found.members if member[1] not in found.bad]
+    # Of a damaged file, there may be nothing that can be opened.
+    with tarfile.open(path, "r:*") if wanted else nullcontext() as tar:
+        for name, _, suffix, start, size in wanted:
+            if suffix in IMAGE_SUFFIXES and not options.pictures:
                 continue
+            assert tar is not None and tar.fileobj is not None
             tar.fileobj.seek(start)
             data = tar.fileobj.read(size)
             if len(data) != size:

@@ -47,6 +47,22 @@ def test_corrupt_png_and_garbage():
     assert reason(b"") == "empty_image"
 
 
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF"])
+@pytest.mark.filterwarnings("ignore")
+def test_whatever_is_damaged_is_a_reject(kind):
+    whole, rng = encoded(gradient(48, 48), kind), np.random.default_rng(0)
+    rejects = 0
+    for _ in range(200):
+        data = bytearray(whole)
+        for place in rng.integers(0, min(len(data), 400), 3):
+            data[place] = rng.integers(0, 256)
+        try:
+            prepare_image(open_image(bytes(data)), 32)
+        except Reject:
+            rejects += 1
+    assert rejects
+
+
 def test_unwanted_formats_are_unknown():
     assert reason(encoded(gradient(), "EPS")) == "unknown_format"
     assert reason(encoded(gradient(), "PDF")) == "unknown_format"

@@ -1,6 +1,7 @@
 """Readers: every format gives the same samples, every fault of the input a named reject or a clear error."""
 
 import gzip
+import io
 import json
 import os
 import shutil
@@ -8,6 +9,7 @@ import subprocess
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -155,6 +157,57 @@ def test_a_tar_that_shrinks_while_it_is_read(tmp_path):
         list(items)
 
 
+def test_data_after_the_end_mark_is_not_lost_unseen(tmp_path):
+    one, two = (write_tar(tmp_path / f"{n}.tar", pairs(n, 4)).read_bytes() for n in (0, 4))
+    with tarfile.open(tmp_path / "0.tar") as tar:
+        hole = tar.getmembers()[6].offset
+    (tmp_path / "joined.tar").write_bytes(one + two)
+    (tmp_path / "hole.tar").write_bytes(one[:hole] + bytes(2048) + one[hole + 2048 :])
+    for name, left in (("joined.tar", 3), ("hole.tar", 1)):
+        with pytest.raises(DataError, match="data follows the end-of-archive mark"):
+            read(tmp_path / name)
+        samples, rejects = read(tmp_path / name, allow_partial=True)
+        check_pairs(samples)
+        assert len(samples) == left and [r.reason for r in rejects] == ["cut_off", "damaged_shard"]
+    (tmp_path / "padded.tar").write_bytes(one + bytes(3 << 20))
+    check_pairs(read(tmp_path / "padded.tar")[0])
+
+
+@pytest.mark.parametrize(("kind", "some"), [("gz", True), ("xz", True), ("bz2", False)])
+def test_damaged_compressed_tars(tmp_path, kind, some):
+    with tarfile.open(tmp_path / "a.tar", f"w:{kind}") as tar:
+        for name, data in pairs(0, 40):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    data = bytearray((tmp_path / "a.tar").read_bytes())
+    data[len(data) // 2 : len(data) // 2 + 50] = b"\xff" * 50
+    (tmp_path / "a.tar").write_bytes(data)
+    with pytest.raises(DataError, match=r"a\.tar is damaged"):
+        read(tmp_path / "a.tar")
+    samples, rejects = read(tmp_path / "a.tar", allow_partial=True)
+    check_pairs(samples)
+    assert bool(samples) == some and rejects[-1].reason == "damaged_shard"
+
+
+@pytest.mark.parametrize("suffix", ["__bad__", "__key__", "__url__"])
+def test_suffixes_that_webdataset_uses_itself(tmp_path, suffix):
+    members = [*pairs(0, 1), (f"00001.{suffix}", b"x"), *pairs(1, 2)]
+    samples, rejects = read(write_tar(tmp_path / "a.tar", members))
+    assert [s.key for s in samples] == ["00000", "00002"] and [r.key for r in rejects] == ["00001"]
+
+
+def test_names_that_are_not_unicode_are_spelt_out(tmp_path):
+    name = b"\xff0".decode("utf-8", "surrogateescape")
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.GNU_FORMAT) as tar:
+        for file, data in ((f"{name}.png", picture(0)), (f"{name}.txt", b"caption"), (f"{name}1.png", picture(1))):
+            info = tarfile.TarInfo(file)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    samples, rejects = read(tmp_path / "a.tar")
+    assert [s.key for s in samples] == ["\\udcff0"] and [r.key for r in rejects] == ["\\udcff01"]
+
+
 def test_not_a_tar(tmp_path):
     (tmp_path / "a.tar").write_bytes(b"something else" * 100)
     with pytest.raises(DataError, match="is damaged"):
@@ -261,6 +314,51 @@ def test_jsonl_may_not_leave_its_folder(tmp_path):
     assert not samples and [r.reason for r in rejects] == ["outside_folder", "outside_folder", "no_image"]
 
 
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        (b'"x": ' + b"[" * 100_000 + b"]" * 100_000, "invalid_json"),
+        (b'"x": ' + b"9" * 5000, "invalid_json"),
+        (b'"image": "a\\u0000b.png"', "no_path"),
+        (b'"image": "\\ud800.png"', "no_path"),
+        (b'"image": "loop.png"', "no_path"),
+        (b'"image": "' + b"x" * 400 + b'.png"', "no_image"),
+        (b'"image": "0.png/x.png"', "no_image"),
+    ],
+)
+def test_one_bad_row_costs_that_row_alone(tmp_path, fields, reason):
+    (tmp_path / "0.png").write_bytes(picture(0))
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "one"}\n{"text": "two", ' + fields + b'}\n{"text": "three"}\n')
+    samples, rejects = read(tmp_path / "a.jsonl")
+    assert [s.row for s in samples] == [0, 2] and [(r.row, r.reason) for r in rejects] == [(1, reason)]
+
+
+def test_columns_that_no_row_can_be_written_with(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "one", "key": "\\ud800"}\n{"\\udfff": 1}\n')
+    samples, rejects = read(tmp_path / "a.jsonl")
+    assert samples[0].key == "\\ud800" and rejects[0].detail == "its fields are \\udfff"
+
+
+def test_parquet_rows_that_python_cannot_hold(tmp_path):
+    offsets = pa.py_buffer(np.array([0, 1, 3, 4], np.int32).tobytes())
+    texts = pa.Array.from_buffers(pa.string(), 3, [None, offsets, pa.py_buffer(b"a\xff\xfeb")])
+    times = pa.array([0, 0, 2**62], pa.timestamp("us"))
+    pq.write_table(pa.table({"caption": texts, "time": times}), tmp_path / "a.parquet")
+    samples, rejects = read(tmp_path / "a.parquet")
+    assert [s.parts for s in samples] == [("a",)]
+    assert [(r.row, r.reason) for r in rejects] == [(1, "invalid_utf8"), (2, "unreadable_row")]
+
+
+@pytest.mark.parametrize("place", [10, -200])
+def test_damaged_gz_lines(tmp_path, place):
+    data = bytearray(gzip.compress(b"\n".join(json.dumps({"text": f"{n**9}"}).encode() for n in range(5000))))
+    data[place : place + 20] = b"\xff" * 20
+    (tmp_path / "a.jsonl.gz").write_bytes(data)
+    with pytest.raises(DataError, match=r"a\.jsonl\.gz is damaged"):
+        read(tmp_path / "a.jsonl.gz")
+
+
 def test_text_only(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n\n{"text": "two"}\nnot json\n{"text": ""}\n[1]\n')
     samples, rejects = read(tmp_path / "a.jsonl")
@@ -337,7 +435,7 @@ def test_globs_braces_folders_and_order(tmp_path):
 
 
 def test_nothing_found(tmp_path):
-    for given in (f"{tmp_path}/none/*.tar", f"{tmp_path}/none", [], str(tmp_path), f"{tmp_path}/s-{{0..1}}.tar"):
+    for given in (f"{tmp_path}/none/*.tar", f"{tmp_path}/none", [], str(tmp_path), f"{tmp_path}/s-{{0..1}}.tar", "x{"):
         with pytest.raises(DataError, match="--input"):
             find_shards(given)
     (tmp_path / "a.zip").write_bytes(b"x")
