@@ -1,12 +1,15 @@
 """Where the units of pretokenization run: on this machine, under Slurm or under Ray, by datatrove's executors."""
 
 import functools
+import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +21,7 @@ from datatrove.pipeline.base import PipelineStep
 from megacm3.data.parts import read_part
 from megacm3.data.sources import Shard
 from megacm3.data.units import ShardFault, UnitRunner, UnitSettings, write_fault
-from megacm3.errors import ConfigError
+from megacm3.errors import ConfigError, DataError
 from megacm3.files import new_file, read_json, write_json
 from megacm3.tokenizers.image import ImageTokenizer
 from megacm3.tokenizers.text import TextTokenizer
@@ -86,7 +89,6 @@ class TokenizeUnit(PipelineStep):
 
     def run(self, data: Any, rank: int = 0, world_size: int = 1) -> Iterator[Any]:
         """Make part `rank`; a damaged shard is noted under `failed/` and does not stop the others."""
-        _ignore_interrupt()
         work = Path(self.work)
         plan = read_json(work / "plan.json")
         raw = plan["shards"][rank]
@@ -126,23 +128,12 @@ def keep_freed_memory() -> None:
             mallopt(option, 1 << 30)
 
 
-def _ignore_interrupt() -> None:
-    # Ctrl-C reaches every process of the terminal; the parent ends the workers, which then say nothing.
-    import signal
-
-    import multiprocess
-
-    if multiprocess.parent_process() is not None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
 def _own_device(device: str) -> str:
-    import multiprocess
     import torch
 
     if device != "cuda" or not torch.cuda.is_available():
         return device
-    identity = multiprocess.current_process()._identity
+    identity = multiprocessing.current_process()._identity
     return f"cuda:{(identity[0] - 1 if identity else 0) % torch.cuda.device_count()}"
 
 
@@ -196,17 +187,58 @@ def run_units(work: Path, plan: dict[str, Any], options: ExecutorOptions) -> boo
 
             RayPipelineExecutor([step], tasks=tasks, workers=workers, logging_dir=str(work / "log")).run()
         else:
-            _run_here(step, tasks, min(workers, len(missing)), work)
+            # Workers are forked from a server that imported the slow libraries once.
+            multiprocessing.set_forkserver_preload(list(_SLOW_IMPORTS))
+            run_here(step, tasks, min(workers, len(missing)), work / "log")
     return True
 
 
-def _run_here(step: TokenizeUnit, tasks: int, workers: int, work: Path) -> None:
-    import multiprocess
+def run_here(step: Any, tasks: int, workers: int, log: Path) -> None:
+    """Run the tasks of a datatrove step that `log` does not note as completed, `workers` processes at a time.
+
+    Raises what a task raises, and DataError when a process was killed: the pool of datatrove's own `run` would wait
+    for its task for ever.
+    """
     from datatrove.executor.local import LocalPipelineExecutor
 
-    # Workers are forked from a server that imported the slow libraries once.
-    multiprocess.set_forkserver_preload(list(_SLOW_IMPORTS))
-    LocalPipelineExecutor([step], tasks=tasks, workers=workers, logging_dir=str(work / "log")).run()
+    executor = LocalPipelineExecutor([step], tasks=tasks, workers=workers, logging_dir=str(log))
+    if workers == 1:
+        executor.run()
+        return
+    others = multiprocessing.active_children()
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("forkserver"), _begin_worker) as pool:
+        try:
+            ranks = executor.get_incomplete_ranks(range(tasks))
+            # datatrove repeats the log of local rank 0 on the terminal.
+            for future in as_completed([pool.submit(executor._run_for_rank, rank, 1) for rank in ranks]):
+                future.result()
+        except BaseException as fault:
+            for child in multiprocessing.active_children():
+                if child not in others:
+                    child.terminate()
+            pool.shutdown(wait=False, cancel_futures=True)
+            if isinstance(fault, BrokenProcessPool):
+                raise DataError(
+                    "a worker was killed, by the system if memory was short; what was finished is kept: run the same "
+                    "command again, with fewer --workers if memory was short"
+                ) from fault
+            raise
+
+
+def _begin_worker() -> None:
+    # Ctrl-C reaches every process of the terminal; the parent ends the workers, which then say nothing. They end with a
+    # parent that was killed, too, so as not to write into the folder of the run that follows it.
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _gpus() -> int:
@@ -248,12 +280,16 @@ def submit(step: Any, tasks: int, name: str, work: Path, options: ExecutorOption
 
 
 def running_job(work: Path) -> str | None:
-    """The number of the Slurm job that was handed in for this work and is still in the queue."""
+    """The number of the Slurm job that was handed in for this work and is still in the queue.
+
+    A job counts as gone when squeue says so, not when squeue fails, as it does while the controller is busy.
+    """
     if not (work / "submitted.json").is_file() or shutil.which("squeue") is None:
         return None
     job = str(read_json(work / "submitted.json")["job"])
     listed = subprocess.run(["squeue", "--noheader", "--jobs", job], capture_output=True, text=True, check=False)
-    return job if listed.returncode == 0 and listed.stdout.strip() else None
+    gone = "invalid job id" in listed.stderr.lower()
+    return job if listed.stdout.strip() or (listed.returncode and not gone) else None
 
 
 @contextmanager

@@ -31,13 +31,42 @@ the file's bytes, width and height of the upright picture before it was cropped;
 REJECT_FIELDS = {"key": "string", "shard": "string", "row": "int64", "reason": "string", "detail": "string"}
 
 
-def write_table(path: Path, fields: dict[str, str], rows: list[dict[str, Any]]) -> None:
-    """Write `rows` as parquet with exactly the columns `fields` (name -> arrow type)."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+_ROWS = 65_536
+"""Rows of a table in memory before they are written."""
 
-    schema = pa.schema([(name, pa.type_for_alias(kind)) for name, kind in fields.items()])
-    pq.write_table(pa.Table.from_pylist(rows, schema=schema), path, compression="zstd")
+
+class TableWriter:
+    """A parquet file with exactly the columns `fields` (name -> arrow type), written as its rows come."""
+
+    def __init__(self, path: Path, fields: dict[str, str]) -> None:
+        self._path, self._fields = path, fields
+        self._rows: list[dict[str, Any]] = []
+        self._writer: Any = None
+        self.count = 0
+        """Rows so far."""
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Append a row."""
+        self._rows.append(row)
+        self.count += 1
+        if len(self._rows) == _ROWS:
+            self._flush()
+
+    def _flush(self) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        schema = pa.schema([(name, pa.type_for_alias(kind)) for name, kind in self._fields.items()])
+        if self._writer is None:
+            self._writer = pq.ParquetWriter(self._path, schema, compression="zstd")
+        self._writer.write_table(pa.Table.from_pylist(self._rows, schema=schema))
+        self._rows = []
+
+    def finish(self) -> None:
+        """Write what is left, and the file's end."""
+        if self._rows or self._writer is None:
+            self._flush()
+        self._writer.close()
 
 
 class PartWriter:
@@ -50,8 +79,8 @@ class PartWriter:
         self._lengths: list[int] = []
         self._modes: list[int] = []
         self._bounds = [0]
-        self._meta: list[dict[str, Any]] = []
-        self._rejects: list[dict[str, Any]] = []
+        self._meta = TableWriter(folder / "meta.parquet", META_FIELDS)
+        self._rejects = TableWriter(folder / "rejects.parquet", REJECT_FIELDS)
         self._tokens = self._longest = self._longest_row = 0
         self._answers = {"text": 0, "image": 0}
 
@@ -71,8 +100,8 @@ class PartWriter:
         self._modes += [mode for mode, _ in checked]
         self._bounds.append(len(self._lengths))
         if sum(lengths) + 2 * len(lengths) > self._longest:
-            self._longest, self._longest_row = sum(lengths) + 2 * len(lengths), len(self._meta)
-        self._meta.append({name: meta.get(name) for name in META_FIELDS})
+            self._longest, self._longest_row = sum(lengths) + 2 * len(lengths), self._meta.count
+        self._meta.add({name: meta.get(name) for name in META_FIELDS})
         self._tokens += sum(lengths)
         modes = {mode for mode, _ in checked}
         if modes & {ANSWER | TEXT, ANSWER | IMAGE}:
@@ -80,7 +109,7 @@ class PartWriter:
 
     def reject(self, rejected: Rejected) -> None:
         """Note a row that gave no document."""
-        self._rejects.append({name: getattr(rejected, name) for name in REJECT_FIELDS})
+        self._rejects.add({name: getattr(rejected, name) for name in REJECT_FIELDS})
 
     def finish(self) -> dict[str, Any]:
         """Write what is left to write; gives documents, sequences, tokens, rejects and the files' hashes."""
@@ -88,12 +117,12 @@ class PartWriter:
             self._data.close()
             index = index_bytes(self._shape.dtype, self._lengths, self._modes, self._bounds)
             (self._folder / "tokens.idx").write_bytes(index)
-        write_table(self._folder / "meta.parquet", META_FIELDS, self._meta)
-        write_table(self._folder / "rejects.parquet", REJECT_FIELDS, self._rejects)
+        self._meta.finish()
+        self._rejects.finish()
         files = {path.name: _entry(path) for path in sorted(self._folder.iterdir())}
-        counts = {"documents": len(self._meta), "sequences": len(self._lengths), "tokens": self._tokens}
+        counts = {"documents": self._meta.count, "sequences": len(self._lengths), "tokens": self._tokens}
         counts |= {"longest": self._longest, "longest_row": self._longest_row}
-        result: dict[str, Any] = counts | {"rejects": len(self._rejects), "files": files}
+        result: dict[str, Any] = counts | {"rejects": self._rejects.count, "files": files}
         if any(self._answers.values()):
             # Documents by their answer: with a picture in it, or text alone.
             result["answers"] = self._answers
@@ -154,16 +183,20 @@ def assemble(
 def _dup_clusters(folder: Path, parts: int) -> np.ndarray:
     # int64 [documents]: the smallest doc_id reachable over equal picture bytes, equal perceptual hashes, or (for text
     # alone) equal texts.
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
     columns = ["image_sha256", "phash", "caption_sha1"]
-    paths = [folder / "meta" / f"{part_name(n)}.parquet" for n in range(parts)]
-    table = pa.concat_tables([pq.read_table(path, columns=columns) for path in paths])
-    texts, exact = table["caption_sha1"].to_pylist(), table["image_sha256"].to_pylist()
-    identity = np.array([_key(e or t or str(i)) for i, (e, t) in enumerate(zip(exact, texts, strict=True))], np.uint64)
-    near = table["phash"].to_pylist()
-    looks = np.array([_key(str(h)) if h is not None else k for h, k in zip(near, identity, strict=True)], np.uint64)
+    identities, all_looks, first = [np.zeros(0, np.uint64)], [np.zeros(0, np.uint64)], 0
+    # Part by part: hashes as texts take far more memory than as numbers.
+    for part in range(parts):
+        table = pq.read_table(folder / "meta" / f"{part_name(part)}.parquet", columns=columns)
+        exact, near, texts = (table[name].to_pylist() for name in columns)
+        names = [e or t or str(i) for i, (e, t) in enumerate(zip(exact, texts, strict=True), first)]
+        identities.append(np.array([_key(name) for name in names], np.uint64))
+        seen = [_key(str(h)) if h is not None else int(k) for h, k in zip(near, identities[-1], strict=True)]
+        all_looks.append(np.array(seen, np.uint64))
+        first += len(names)
+    identity, looks = np.concatenate(identities), np.concatenate(all_looks)
     cluster = np.arange(len(identity), dtype=np.int64)
     while True:
         before = cluster.copy()

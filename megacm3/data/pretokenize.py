@@ -19,7 +19,7 @@ from typing import Any
 from megacm3.data.executors import ExecutorOptions, run_units, running_job, unit_folder
 from megacm3.data.filters import NAMES, PREFIX
 from megacm3.data.parts import assemble, read_part
-from megacm3.data.sources import Shard, find_shards, identify
+from megacm3.data.sources import Shard, find_shards, identities
 from megacm3.data.store import KIND, Store
 from megacm3.data.units import UnitSettings, shape_of
 from megacm3.errors import ConfigError, DataError
@@ -83,9 +83,11 @@ def pretokenize(options: PretokenizeOptions) -> PretokenizeReport:
         logger.info("%s is finished already: same inputs, tokenizers and settings", options.output)
         return _report(Store.open(options.output), 0.0)
     try:
-        work.mkdir(parents=True, exist_ok=True)
         with _only_one(work):
-            return _run(options, work, plan, started)
+            # The run that held it before may have made the store.
+            if not _finished(options, plan):
+                return _run(options, work, plan, started)
+            return _report(Store.open(options.output), 0.0)
     except OSError as fault:
         raise DataError(f"{fault.filename or work}: {fault.strerror or fault}") from fault
 
@@ -124,17 +126,28 @@ def _only_one(work: Path) -> Iterator[None]:
     # Two runs on one work folder would remove each other's unfinished files. The lock ends with the process.
     import fcntl
 
-    with open(work / "lock", "w") as lock:
-        deadline = time.monotonic() + _LOCK_SECONDS
-        while True:
+    path = work / "lock"
+    deadline = time.monotonic() + _LOCK_SECONDS
+    while True:
+        work.mkdir(parents=True, exist_ok=True)
+        with open(path, "w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
             except BlockingIOError as fault:
                 if time.monotonic() > deadline:
                     raise DataError(f"another process is at work on {work}; wait for it or end it") from fault
                 time.sleep(0.1)
-        yield
+                continue
+            # The run that held it before may have finished and removed the file.
+            if not path.exists() or os.fstat(lock.fileno()).st_ino != path.stat().st_ino:
+                continue
+            try:
+                yield
+            finally:
+                # Nothing stays of a run that had nothing to do.
+                if work.is_dir() and os.listdir(work) == ["lock"]:
+                    shutil.rmtree(work)
+            return
 
 
 def _check(options: PretokenizeOptions) -> None:
@@ -165,7 +178,8 @@ def _plan(options: PretokenizeOptions) -> dict[str, Any]:
         shards = find_shards(options.inputs, options.rows_per_unit)
     else:
         shards = sft_shards(options.inputs, options.images, sft, options.rows_per_unit)
-    inputs = identify(shards)
+    found = identities(shards)
+    inputs = sha256_json(found)
     settings = asdict(options.settings)
     settings["text_filters"] = list(options.settings.text_filters)
     for name in ("sft", "max_tokens"):
@@ -180,6 +194,7 @@ def _plan(options: PretokenizeOptions) -> dict[str, Any]:
         "paths": [os.path.abspath(options.text_tokenizer), os.path.abspath(options.image_tokenizer)],
         "shards": [asdict(shard) for shard in shards],
         "bytes": [_size(shard) for shard in shards],
+        "identities": found,
     }
 
 
@@ -218,11 +233,12 @@ def _finished(options: PretokenizeOptions, plan: dict[str, Any]) -> bool:
 def _prepare_work(work: Path, plan: dict[str, Any], options: PretokenizeOptions) -> None:
     if (work / "plan.json").is_file():
         old = read_json(work / "plan.json")
-        if old["job"] != plan["job"] and not options.overwrite:
+        other = old["job"] != plan["job"] and not _continues(work, old, plan)
+        if other and not options.overwrite:
             raise DataError(
                 f"{work} holds unfinished work made with {_difference(old, plan)}; remove it or give --overwrite"
             )
-        if old["job"] != plan["job"]:
+        if other:
             for name in ("units", "log"):
                 shutil.rmtree(work / name, ignore_errors=True)
     for name in ("failed", "progress"):
@@ -235,6 +251,20 @@ def _prepare_work(work: Path, plan: dict[str, Any], options: PretokenizeOptions)
     for mark in (work / "log" / "completions").glob("*"):
         if read_part(unit_folder(work, int(mark.name))) is None:
             mark.unlink()
+
+
+def _continues(work: Path, old: dict[str, Any], plan: dict[str, Any]) -> bool:
+    """Whether what is finished of an older plan is the new one's too: since then, only shards that were not done have
+    been repaired, or damaged ones have been allowed."""
+    same = [entry["name"] for entry in old["shards"]] == [entry["name"] for entry in plan["shards"]]
+    same &= old["tokenizers"] == plan["tokenizers"]
+    partly = {"allow_partial": plan["settings"]["allow_partial"]}
+    same &= old["settings"] | (partly if partly["allow_partial"] else {}) == plan["settings"]
+    before = old.get("identities", [])
+    return same and all(
+        before[number : number + 1] == [now] or read_part(unit_folder(work, number)) is None
+        for number, now in enumerate(plan["identities"])
+    )
 
 
 def _refuse_failed(work: Path, plan: dict[str, Any]) -> None:
@@ -262,18 +292,18 @@ def _check_rejects(parts: list[Path], options: PretokenizeOptions) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    results = [read_part(part) for part in parts]
-    table = pa.concat_tables([pq.read_table(part / "rejects.parquet") for part in parts])
-    counts = Counter(table["reason"].to_pylist())
+    counts: Counter[str] = Counter()
+    for part in parts:
+        counts.update(pq.read_table(part / "rejects.parquet", columns=["reason"])["reason"].to_pylist())
     rejects = sum(n for reason, n in counts.items() if not reason.startswith(PREFIX))
-    rows = len(table) + sum(result["documents"] for result in results if result)
+    rows = counts.total() + sum(result["documents"] for part in parts if (result := read_part(part)))
     if not counts:
         return
     reasons = ", ".join(f"{n} {reason}" for reason, n in counts.most_common())
-    logger.info("%d of %d rows left out: %s", len(table), rows, reasons)
+    logger.info("%d of %d rows left out: %s", counts.total(), rows, reasons)
     if rejects > options.max_reject_rate * rows:
         listing = Path(options.output.rstrip("/") + ".rejects.parquet")
-        pq.write_table(table, listing)
+        pq.write_table(pa.concat_tables([pq.read_table(part / "rejects.parquet") for part in parts]), listing)
         raise DataError(
             f"{rejects} of {rows} rows are rejected ({reasons}), more than --max-reject-rate "
             f"{options.max_reject_rate}; the list is {listing}. "

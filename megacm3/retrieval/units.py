@@ -79,14 +79,14 @@ def run_units(units: Units, work: Path, workers: int = 1, where: "ExecutorOption
         for number in shown:
             run_unit(units, work, number)
         return len(missing)
-    from datatrove.executor.local import LocalPipelineExecutor
+    from megacm3.data.executors import run_here
 
     # What datatrove notes as completed does not count here; the notes under `done/` do.
     log = work / LOG / units.stage
     shutil.rmtree(log, ignore_errors=True)
     step = DatatroveStep(units, str(work), tuple(missing))
     with _watched(units, work, len(missing)):
-        LocalPipelineExecutor([step], tasks=len(missing), workers=workers, logging_dir=str(log)).run()
+        run_here(step, len(missing), workers, log)
     return len(missing)
 
 
@@ -129,7 +129,6 @@ class DatatroveStep:
 
     def __call__(self, data: Any, rank: int, world_size: int) -> None:
         """Make one unit."""
-        _ignore_interrupt()
         run_unit(self.units, Path(self.work), self.missing[rank])
 
 
@@ -164,16 +163,6 @@ def one_thread() -> Iterator[None]:
             yield
     finally:
         torch.set_num_threads(before)
-
-
-def _ignore_interrupt() -> None:
-    # Ctrl-C reaches every process of the terminal; the parent ends the workers, which then say nothing.
-    import signal
-
-    import multiprocess
-
-    if multiprocess.parent_process() is not None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @contextmanager

@@ -1,13 +1,16 @@
 """Pretokenization: right pairs, the same bytes for any workers and after any kill, named rejects, clear refusals."""
 
+import contextlib
 import io
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +19,7 @@ import pytest
 import torch
 from PIL import Image
 
-from megacm3.data.executors import ExecutorOptions
+from megacm3.data.executors import ExecutorOptions, running_job
 from megacm3.data.images import open_image, prepare_image
 from megacm3.data.pretokenize import PretokenizeOptions, pretokenize
 from megacm3.data.store import Store, verify_store
@@ -153,6 +156,29 @@ def test_killed_at_any_point_and_run_again(tokenizers, shards, reference, tmp_pa
     assert same(reference, output) and not units.exists()
 
 
+def test_a_killed_worker_is_an_error_not_a_wait(tokenizers, shards, tmp_path):
+    inputs = tmp_path / "in"
+    inputs.mkdir()
+    for n in range(60):
+        (inputs / f"s-{n}.tar").symlink_to(shards / f"s-{n % 4}.tar")
+    given = command(tokenizers, inputs, tmp_path / "store", "--workers", "2")
+    process = subprocess.Popen(given, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    try:
+        deadline, found = time.monotonic() + 60, []
+        while not found:
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.01)
+            found = list((tmp_path / "store.work" / "progress").glob("[!.]*"))
+        # As the system does when memory is short.
+        os.kill(int(found[0].name.rpartition("-")[2]), signal.SIGKILL)
+        assert process.wait(timeout=20) == 3
+        assert "a worker was killed" in process.stderr.read()
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert pretokenize(options(tokenizers, inputs, tmp_path / "store")).documents == 450
+
+
 def test_leftovers_and_false_marks_are_not_trusted(tokenizers, shards, reference, tmp_path):
     output, work = tmp_path / "store", tmp_path / "store.work"
     with pytest.raises(DataError, match="more than --max-reject-rate"):
@@ -203,13 +229,42 @@ def test_one_damaged_shard_does_not_stop_the_others(tokenizers, shards, tmp_path
         pretokenize(options(tokenizers, inputs, tmp_path / "store"))
     assert not (tmp_path / "store").exists()
     assert sorted(p.name for p in (tmp_path / "store.work" / "units").iterdir()) == ["00000", "00002", "00003"]
+    before = [p.stat().st_ino for p in finished(tmp_path)]
     settings = UnitSettings(batch=4, allow_partial=True)
-    with pytest.raises(DataError, match="unfinished work made with allow_partial"):
-        pretokenize(options(tokenizers, inputs, tmp_path / "store", settings=settings))
-    report = pretokenize(
-        options(tokenizers, inputs, tmp_path / "store", settings=settings, overwrite=True, max_reject_rate=0.2)
-    )
+    with pytest.raises(DataError, match=r"more than --max-reject-rate"):
+        given = options(tokenizers, inputs, tmp_path / "store", settings=settings, max_reject_rate=0.0)
+        pretokenize(given)
+    assert [p.stat().st_ino for p in finished(tmp_path) if "00001" not in str(p)] == before
+    # What was taken of a damaged shard is not what a whole one gives.
+    with pytest.raises(DataError, match="unfinished work made with allow_partial = True then, False now"):
+        pretokenize(options(tokenizers, inputs, tmp_path / "store"))
+    report = pretokenize(options(tokenizers, inputs, tmp_path / "store", settings=settings, max_reject_rate=0.2))
     assert report.rejects["damaged_shard"] == 1 and 23 < report.documents < 30
+
+
+def finished(tmp_path):
+    return sorted((tmp_path / "store.work" / "units").glob("*/tokens.bin"))
+
+
+def test_a_repaired_shard_costs_that_shard_alone(tokenizers, shards, reference, tmp_path):
+    inputs = tmp_path / "in"
+    shutil.copytree(shards, inputs)
+    whole = (inputs / "s-1.tar").read_bytes()
+    (inputs / "s-1.tar").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match=r"run again after the repair"):
+        pretokenize(options(tokenizers, inputs, tmp_path / "store"))
+    before = [p.stat().st_ino for p in finished(tmp_path)]
+    # A shard that is done already is another matter: its part would be of other data than the rest of the input.
+    done = (inputs / "s-0.tar").read_bytes()
+    write_tar(inputs / "s-0.tar", pairs(90, 6))
+    with pytest.raises(DataError, match="unfinished work made with other input files"):
+        pretokenize(options(tokenizers, inputs, tmp_path / "store"))
+    (inputs / "s-0.tar").write_bytes(done)
+    (inputs / "s-1.tar").write_bytes(whole)
+    pretokenize(options(tokenizers, inputs, tmp_path / "store"))
+    assert same(reference, tmp_path / "store")
+    after = [(tmp_path / "store" / "tokens" / f"part-{n:05d}.bin").stat().st_ino for n in (0, 2, 3)]
+    assert before == after
 
 
 def test_finished_work_is_not_done_again(tokenizers, shards, reference, tmp_path):
@@ -353,6 +408,40 @@ def test_two_runs_at_once_are_refused(tokenizers, shards, tmp_path):
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(DataError, match="another process is at work"):
             pretokenize(options(tokenizers, shards, tmp_path / "store"))
+
+
+def test_a_run_that_waited_for_another_one_finds_its_store(tokenizers, shards, reference, tmp_path):
+    import fcntl
+
+    work, output = tmp_path / "store.work", tmp_path / "store"
+    work.mkdir()
+    with open(work / "lock", "w") as lock, ThreadPoolExecutor(1) as pool:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        waiting = pool.submit(pretokenize, options(tokenizers, shards, output))
+        time.sleep(1)
+        shutil.copytree(reference, output)
+        shutil.rmtree(work)
+        fcntl.flock(lock, fcntl.LOCK_UN)
+        report = waiting.result()
+    assert report.documents == 30 and report.seconds == 0
+    assert os.listdir(tmp_path) == ["store"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "there"),
+    [
+        ("echo 42 gpu pretokenize R", True),
+        ("true", False),
+        ("echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1", False),
+        ("echo 'slurm_load_jobs error: Socket timed out on send/recv operation' >&2; exit 1", True),
+    ],
+)
+def test_a_job_is_gone_when_squeue_says_so_not_when_squeue_fails(tmp_path, monkeypatch, answer, there):
+    (tmp_path / "squeue").write_text(f"#!/bin/bash\n{answer}\n")
+    (tmp_path / "squeue").chmod(0o755)
+    (tmp_path / "submitted.json").write_text('{"job": 42}')
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert running_job(tmp_path) == ("42" if there else None)
 
 
 def test_bad_folders(tokenizers, shards, tmp_path):

@@ -4,12 +4,14 @@ import pickle
 import shutil
 import subprocess
 import sys
+import tracemalloc
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from megacm3.data.documents import ANSWER, IMAGE, TEXT
-from megacm3.data.parts import META_FIELDS, write_store
+from megacm3.data.parts import META_FIELDS, PartWriter, _dup_clusters, write_store
 from megacm3.data.store import Part, Store, StoreShape, verify_store
 from megacm3.errors import DataError
 from megacm3.files import read_manifest, write_manifest
@@ -269,3 +271,35 @@ def test_answers_are_kept_with_their_segments(tmp_path):
     short = [(IMAGE | ANSWER, codes[:8])], {"key": "short"}
     with pytest.raises(DataError, match="exactly 9"):
         write_store(tmp_path / "short", [short], SHAPE)
+
+
+def test_rows_of_metadata_go_to_disk_as_they_come(tmp_path):
+    writer = PartWriter(tmp_path, SHAPE)
+    for n in range(66_000):
+        writer.add([(TEXT, np.ones(1, np.int64))], {"key": str(n)})
+    assert (tmp_path / "meta.parquet").stat().st_size > 100_000
+    assert writer.finish()["documents"] == 66_000
+    assert pq.read_table(tmp_path / "meta.parquet")["key"].to_pylist() == [str(n) for n in range(66_000)]
+
+
+def test_clusters_are_found_part_by_part(tmp_path):
+    rng = np.random.default_rng(0)
+
+    def pages():
+        for n in range(10_000):
+            twin = n if rng.random() < 0.7 else int(rng.integers(0, n + 1))
+            meta = {"key": str(n), "caption_sha1": f"{twin:040d}", "image_sha256": f"{twin:064d}", "phash": twin}
+            yield [(TEXT, np.ones(1, np.int64))], meta
+
+    rows = list(pages())
+    tracemalloc.start()
+    write_store(tmp_path / "store", iter(rows), SHAPE, documents_per_part=500)
+    tracemalloc.reset_peak()
+    held = tracemalloc.get_traced_memory()[0]
+    clusters = _dup_clusters(tmp_path / "store", 20)
+    peak = tracemalloc.get_traced_memory()[1] - held
+    tracemalloc.stop()
+    expected: dict[str, int] = {}
+    first = [expected.setdefault(meta["image_sha256"], n) for n, (_, meta) in enumerate(rows)]
+    assert clusters.tolist() == first
+    assert peak < 10_000 * 160
