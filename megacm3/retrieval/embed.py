@@ -3,7 +3,7 @@
 import hashlib
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from megacm3.retrieval.precomputed import Precomputed
 
 _ANY_SIZE = ImageLimits(max_pixels=1 << 40, min_side=1, max_aspect=float("inf"))
 """The store has refused what it did not want; what it holds is taken as it is."""
+_ALL_ROWS = 1 << 62
+"""More rows than a data set has."""
 
 
 @dataclass(frozen=True)
@@ -111,9 +113,14 @@ def read_documents(
 
 
 def _shards(inputs: tuple[str, ...], needed: list[str]) -> list[Shard]:
-    # A data set's shards are named by their rows, so that the size of its units follows from the names.
-    sizes = [int(stop) - int(start) for name in needed for start, stop in re.findall(r"\[(\d+):(\d+)\]$", name)]
-    shards = {shard.name: shard for shard in find_shards(inputs, max(sizes, default=10_000))}
+    # A data set's shards are named by their rows: each is cut out of the whole set.
+    shards = {shard.name: shard for shard in find_shards(inputs, _ALL_ROWS)}
+    whole = {shard.name.rpartition("[")[0]: (shard, shard.rows[1]) for shard in shards.values() if shard.rows}
+    for name in needed:
+        base, _, span = name.rpartition("[")
+        rows = re.fullmatch(r"(\d+):(\d+)\]", span)
+        if rows and base in whole and int(rows[2]) <= whole[base][1]:
+            shards[name] = replace(whole[base][0], name=name, rows=(int(rows[1]), int(rows[2])))
     lacking = [name for name in needed if name not in shards]
     if lacking:
         raise DataError(

@@ -33,7 +33,7 @@ def plan(options: NeighbourOptions, bank: Manifest, asking: Manifest) -> "Neighb
         )
     documents = int(asking.settings["documents"])
     block = options.block or min(1 << 20, max(4096, 1 << math.ceil(math.log2(max(1, documents / 64)))))
-    return NeighbourBlocks(options, encoder, documents, block)
+    return NeighbourBlocks(options, encoder, documents, block, int(bank.settings["documents"]))
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,8 @@ class NeighbourBlocks:
     documents: int
     """Of the store that asks."""
     block: int
+    candidates: int
+    """Documents of the store that is searched."""
     stage: str = "neighbours"
 
     @property
@@ -86,7 +88,7 @@ class NeighbourBlocks:
         ids: np.ndarray,
     ) -> list[Path]:
         # Rows for every document of the block; those that are not in the bank have no candidates.
-        all_ids = np.full((count, self.options.keep), -1, np.int32 if self.documents < 2**31 else np.int64)
+        all_ids = np.full((count, self.options.keep), -1, np.int32 if self.candidates < 2**31 else np.int64)
         all_scores = np.full((count, self.options.keep), -np.inf, np.float16)
         all_ids[held], all_scores[held] = ids, scores_up(scores)
         paths = [part_path(folder, kind, variant, number, what) for what in ("ids", "scores")]

@@ -11,6 +11,7 @@ folders by order has given people the wrong rows.
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -48,15 +49,12 @@ class Precomputed:
 
     folder: Path
     dim: int
-    fingerprint: str
-    """Of all its files."""
 
     @staticmethod
     def open(folder: str | Path) -> "Precomputed":
         """Check counts and widths. Raises DataError when they differ."""
         folder = Path(folder)
         dims = set()
-        hashes: dict[str, str] = {}
         for image, text, meta in _files(folder):
             import pyarrow.parquet as pq
 
@@ -66,10 +64,15 @@ class Precomputed:
                 if array.ndim != 2 or len(array) != rows:
                     raise DataError(f"{path} has shape {array.shape}; {meta} has {rows} rows")
                 dims.add(array.shape[1])
-            hashes |= {path.relative_to(folder).as_posix(): sha256_file(path) for path in (image, text, meta)}
         if len(dims) != 1:
             raise DataError(f"{folder} holds vectors of widths {sorted(dims)}; expected one width")
-        return Precomputed(folder, dims.pop(), sha256_json(hashes))
+        return Precomputed(folder, dims.pop())
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of all its files, which are read for it."""
+        paths = [path for files in _files(self.folder) for path in files]
+        return sha256_json({path.relative_to(self.folder).as_posix(): sha256_file(path) for path in paths})
 
     def vectors(self, wanted: Sequence[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
         """Image and text vectors, float32 [len(wanted), d], of documents given by `key`, `shard` and `caption`.

@@ -41,6 +41,8 @@ def run_job(
     if _finished(output, job, overwrite):
         return read_json(output / "report.json") | {"finished_before": True}
     work = Path(str(output).rstrip("/") + ".work")
+    # Pictures that other limits let through are other pictures.
+    prepared = sha256_json(pictures_of | {"min_side": min_side})
     rank = int(os.environ.get("RANK", 0))
     limits, size, most = ImageLimits(min_side=min_side), config.network.image_size, config.train.max_pictures
     if rank == 0:
@@ -48,13 +50,14 @@ def run_job(
             _drop_other_state(work, job)
         options: dict[str, Any] = {"limits": limits, "max_reject_rate": max_reject_rate}
         options["threads"] = max(1, len(os.sched_getaffinity(0)))
-        pictures = prepare_pictures(shards, size, work / "training", job=pictures_of["pictures"], most=most, **options)
+        pictures = prepare_pictures(shards, size, work / "training", job=prepared, most=most, **options)
         extra = None
         if held_out:
             others = find_shards(held_out)
-            extra = prepare_pictures(others, size, work / "held_out", job=identify(others), most=most, **options)
+            held_out_job = sha256_json({"pictures": identify(others), "min_side": min_side})
+            extra = prepare_pictures(others, size, work / "held_out", job=held_out_job, most=most, **options)
     else:
-        pictures, extra = _wait_for(work / "training", pictures_of["pictures"], size, most), None
+        pictures, extra = _wait_for(work / "training", prepared, size, most), None
 
     from megacm3.tokenizers.train_image import train_image_tokenizer
 

@@ -8,12 +8,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from megacm3.data.sources import find_shards, read_shard
 from megacm3.data.store import Store
+from megacm3.data.units import UnitSettings, prepare
 from megacm3.errors import ConfigError, DataError
 from megacm3.files import read_manifest, write_manifest
 from megacm3.retrieval.bank import Embeddings, MemoryBank, caption_hash
 from megacm3.retrieval.build_bank import build_bank
-from megacm3.retrieval.embed import EmbedParts
+from megacm3.retrieval.embed import EmbedParts, read_documents
 from megacm3.retrieval.encoder import Encoder, document_vectors
 from megacm3.retrieval.index import new_index
 from megacm3.retrieval.jobs import Job
@@ -21,7 +23,7 @@ from megacm3.retrieval.shards import write_shard
 from megacm3.retrieval.train_encoder import EncoderOptions, make_encoder
 from megacm3.retrieval.units import run_unit
 from megacm3.retrieval.verify import verify_bank
-from tests.unit.data.makers import pairs, write_tar
+from tests.unit.data.makers import pairs, picture, write_tar
 from tests.unit.retrieval.conftest import flip, same_bytes
 from tests.unit.retrieval.makers import DIM, DOCUMENTS, PARTS, TINY, make_store, members
 
@@ -284,6 +286,24 @@ def test_input_that_the_store_was_not_made_from_is_refused(made, tmp_path):
     with pytest.raises(DataError, match=r"caption of part-0.tar, key red-bar, is not the one"):
         build_bank(made.bank_options(tmp_path / "bank", inputs=(str(folder / "part-*"),)))
     assert not (tmp_path / "bank").exists()
+
+
+def test_every_part_of_a_data_set_is_found_again(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+    table = {
+        "image": [{"bytes": picture(n), "path": None} for n in range(5)],
+        "text": [f"number {n}" for n in range(5)],
+    }
+    datasets.Dataset.from_dict(table, features=features).save_to_disk(tmp_path / "set")
+    for shard in find_shards(str(tmp_path / "set"), rows_per_unit=3):
+        rows = []
+        for sample in read_shard(shard):
+            ready = prepare(sample, 16, UnitSettings())
+            rows.append(ready.meta)
+        found = read_documents((str(tmp_path / "set"),), rows)
+        assert sorted(place for place, _ in found) == list(range(len(rows)))
+        assert len(rows) == (3 if shard.rows == (0, 3) else 2)
 
 
 def test_a_store_without_pairs_gives_no_bank(made, tmp_path):

@@ -293,3 +293,15 @@ def test_another_bank_is_refused(made, tmp_path):
     assert verify_bank(tmp_path / "bank").found_first == 1
     with pytest.raises(DataError, match="was made with bank"):
         verify_neighbours(made.neighbours, bank=tmp_path / "bank")
+
+
+def test_numbers_of_a_huge_bank_fit_though_few_documents_ask(made, copy, tmp_path):
+    huge = copy(made.bank)
+    manifest = read_manifest(huge, "bank")
+    (huge / "manifest.json").unlink()
+    write_manifest(huge, "bank", manifest.settings | {"documents": 2**31 + 100}, manifest.inputs)
+    options = made.neighbour_options(tmp_path / "n", bank=str(huge), queries=str(made.bank))
+    blocks = plan(options, read_manifest(huge, "bank"), read_manifest(made.bank, "bank"))
+    paths = blocks.make(tmp_path / "folder", 0)
+    found = [np.load(path) for path in paths if path.name.endswith(".ids.npy")]
+    assert found and all(array.dtype == np.int64 for array in found)

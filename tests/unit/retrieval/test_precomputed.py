@@ -1,5 +1,7 @@
 """Vectors made elsewhere: joined by key whatever their order, and never to the wrong document."""
 
+from pathlib import Path
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -8,6 +10,7 @@ import pytest
 from megacm3.errors import ConfigError, DataError
 from megacm3.retrieval.bank import MemoryBank
 from megacm3.retrieval.build_bank import build_bank
+from megacm3.retrieval.embed import EmbedParts
 from megacm3.retrieval.encoder import Encoder
 from megacm3.retrieval.find_neighbours import find_neighbours
 from megacm3.retrieval.neighbours import NeighbourTable
@@ -52,6 +55,23 @@ def test_they_are_joined_by_key(made, source, tmp_path):
     with pytest.raises(ConfigError, match="--encoder DIR"):
         bank.encoder()
     bank.check_encoder(Encoder.load(made.encoder))
+
+
+def test_a_unit_does_not_read_every_file(made, source, tmp_path):
+    folder = write_vectors(tmp_path / "vectors", *source)
+    far = [{"key": f"far-{n}"} for n in range(100_000)]
+    vectors = np.zeros((len(far), source[1].shape[1]), np.float32)
+    np.save(folder / "img_emb" / "img_emb_12.npy", vectors)
+    np.save(folder / "text_emb" / "text_emb_12.npy", vectors)
+    pq.write_table(pa.Table.from_pylist(far), folder / "metadata" / "metadata_12.parquet")
+
+    def read() -> int:
+        return int(Path("/proc/self/io").read_text().split()[1])
+
+    before = read()
+    units = EmbedParts(str(made.store), "", str(folder), (), 4)
+    assert len(units.make(tmp_path / "made", 0)) == 3
+    assert read() - before < 2 * vectors.nbytes / 10
 
 
 def test_neighbours_need_an_encoder_or_no_dropout(made, source, tmp_path):

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from megacm3.errors import DataError, Stopped
+from megacm3.errors import ConfigError, DataError, Stopped
 from megacm3.tokenizers.image_config import load_image_config
 from megacm3.tokenizers.image_job import run_job
 from tests.unit.data.makers import pairs, write_tar
@@ -44,6 +44,15 @@ def test_other_settings_or_pictures_are_refused(inputs, tmp_path):
     write_tar(tmp_path / "in" / "a.tar", pairs(1, 8))
     with pytest.raises(DataError, match="other pictures or settings"):
         run_job(other, inputs, output)
+
+
+def test_pictures_of_other_limits_are_made_anew(inputs, tmp_path):
+    output = tmp_path / "tokenizer"
+    with pytest.raises(ConfigError, match="GPU"):
+        run_job(load_image_config(None, [*SMALL, "train.device=cuda"]), inputs, output)
+    assert (tmp_path / "tokenizer.work" / "training" / "pictures.json").is_file()
+    with pytest.raises(DataError, match=r"8 of 8 rows rejected \(8 too_small\)"):
+        run_job(load_image_config(None, SMALL), inputs, output, min_side=128)
 
 
 def test_ctrl_c_keeps_the_state(inputs, tmp_path):
