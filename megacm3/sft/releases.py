@@ -46,6 +46,15 @@ _EXPECTED = (
 @lru_cache(maxsize=1)
 def load(paths: tuple[str, ...], split: str) -> list[Record]:
     """All records of one release's files, in their order. Raises DataError for damage and for an unknown layout."""
+    try:
+        return _load(paths, split)
+    except (KeyError, TypeError, ValueError, AttributeError) as fault:
+        raise DataError(
+            f"{', '.join(paths)}: an entry is damaged: {type(fault).__name__} {fault}; {_EXPECTED}"
+        ) from fault
+
+
+def _load(paths: tuple[str, ...], split: str) -> list[Record]:
     found: dict[str, Any] = {}
     for path in paths:
         if path.endswith(".json"):

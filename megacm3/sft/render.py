@@ -1,5 +1,6 @@
 """From a record's fields to the parts of a document: text and pictures in order, and which of them are the answer."""
 
+import math
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -103,7 +104,7 @@ def _objects(task: Task, fields: Mapping[str, Any]) -> str:
     size, texts = _picture_size(picture), []
     for item in fields["objects"]:
         try:
-            name, box = clean_text(item["name"]), [float(value) for value in item["box"]]
+            name, box = clean_text(str(item["name"])), [float(value) for value in item["box"]]
         except (KeyError, TypeError, ValueError) as fault:
             raise Reject("bad_box", f"{item}: expected name and box of four numbers") from fault
         placed = place_box(box, size)
@@ -119,7 +120,7 @@ def place_box(box: Sequence[float], size: tuple[int, int]) -> tuple[int, int, in
 
     Raises Reject: bad_box, for other than four numbers with left < right and top < bottom.
     """
-    if len(box) != 4 or not (box[0] < box[2] and box[1] < box[3]):
+    if len(box) != 4 or not (-math.inf < box[0] < box[2] < math.inf and -math.inf < box[1] < box[3] < math.inf):
         raise Reject("bad_box", f"{list(box)}; expected left, top, right, bottom")
     scale = GRID / min(size)
     offsets = [(side * scale - GRID) / 2 for side in size] * 2

@@ -82,6 +82,8 @@ def make_task(name: str, entry: Mapping[str, Any]) -> Task:
     values: dict[str, Any] = dict(entry)
     for key in ("templates", "pictures", "answers", "optional"):
         value = values.get(key, ())
+        if not isinstance(value, str | list | tuple):
+            raise ConfigError(f"task {name}: {key} is {value!r}; expected a text or a list of texts")
         values[key] = (value,) if isinstance(value, str) else tuple(str(item) for item in value)
     task = Task(name, **values)
     if task.category and task.category not in CATEGORIES:

@@ -40,10 +40,12 @@ def test_own_fields_names_and_pictures(tmp_path) -> None:
     found = read(path, given, tmp_path / "pictures")
     assert shown(samples(found[:1])[0]) == "Name it:[ cat](p)" and found[0].key == "7"
     assert reasons(found) == ["missing_field"]
-    outside = write_lines(tmp_path / "o.jsonl", [{"word": "x", "photo": "../r.jsonl"}, {"word": "x", "photo": "b.png"}])
+    # A picture's bare base64, a NUL, a file as a folder: one bad row each, and the rest of the shard goes on.
+    photos = ["../r.jsonl", "b.png", "A" * 5000, "a\0.png", "a.png/b.png"]
+    outside = write_lines(tmp_path / "o.jsonl", [{"word": "x", "photo": photo} for photo in photos])
     assert reasons(read(outside, options("mine", tmp_path / "tasks.yaml"), tmp_path / "pictures")) == [
         "outside_folder",
-        "no_image",
+        *["no_image"] * 4,
     ]
 
 

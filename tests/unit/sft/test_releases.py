@@ -294,6 +294,9 @@ def test_what_is_no_release_is_refused(tmp_path: Path) -> None:
     (tmp_path / "y.json").write_text("{")
     with pytest.raises(DataError, match="no whole JSON file"):
         read(tmp_path / "y.json", options("vqav2"))
+    captions = {"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"id": 2, "caption": "a cat"}]}
+    with pytest.raises(DataError, match="an entry is damaged: KeyError 'image_id'"):
+        read(dump(tmp_path / "v.json", captions), options("coco-captions"))
     lines = write_lines(tmp_path / "z.jsonl", [{}])
     with pytest.raises(ConfigError, match="mixes release files"):
         read([tmp_path / "x.json", lines], options("vqav2"))

@@ -76,6 +76,8 @@ def test_boxes_follow_the_centre_crop() -> None:
     assert place_box([80, 0, 560, 480], (640, 480)) == (0, 0, 255, 255)
     assert rejected(place_box, [5, 5, 5, 9], (64, 64)).startswith("bad_box")
     assert rejected(place_box, [5, 5, 9], (64, 64)).startswith("bad_box")
+    for far in (float("inf"), float("nan")):
+        assert rejected(place_box, [5, 5, far, 9], (64, 64)).startswith("bad_box")
 
 
 def test_objects_at_their_locations() -> None:
@@ -88,6 +90,8 @@ def test_objects_at_their_locations() -> None:
         "Generate high quality image of a room with segmentations "
         "bottle at location (0, 0) -> (128, 128), sink at location (32, 64) -> (232, 240)"
     )
+    numbered = fields | {"objects": [{"name": 7, "box": [32, 0, 64, 32]}]}  # a category's number
+    assert render(TASKS["detection"], 0, numbered, "cm3leon")[0].content.endswith("7 at location (0, 0) -> (128, 128)")
     gone = fields | {"objects": objects[1:2]}
     assert rejected(render, TASKS["detection"], 0, gone, "cm3leon").startswith("bad_box: no object lies")
     assert rejected(render, TASKS["detection"], 0, fields | {"objects": [{"box": 3}]}, "cm3leon").startswith("bad_box")

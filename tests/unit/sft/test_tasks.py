@@ -82,6 +82,8 @@ def test_what_stands_between_two_answers_is_part_of_the_answer() -> None:
         ({"templates": ["{a}"], "answers": ["a"], "category": "poems"}, "category poems"),
         ({"chat": True, "answers": "songs"}, "answers = songs"),
         (["{a}"], "found list"),
+        ({"templates": 5, "answers": ["a"]}, "templates is 5; expected a text or a list"),
+        ({"templates": ["{a}"], "answers": None}, "answers is None"),
     ],
 )
 def test_wrong_tasks_are_refused(entry, message) -> None:
