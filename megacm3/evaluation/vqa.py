@@ -28,14 +28,13 @@ _CONTRACTIONS = {word.replace("'", ""): word for word in _CONTRACTED} | {"id": "
 
 def normalize(answer: str) -> str:
     """An answer as the rule compares it: lower case, no articles, digits for small numbers, no punctuation."""
-    text = answer.replace("\n", " ").replace("\t", " ").strip().lower()
-    grouped = re.search(r"\d,\d", text) is not None
+    given = text = answer.replace("\n", " ").replace("\t", " ").strip().lower()
+    grouped = re.search(r"\d,\d", given) is not None
     for mark in _PUNCTUATION:
-        if mark in text:
-            # Between two words a mark becomes a space; beside a space (or where 1,000 occurs) it is struck.
-            beside = f"{mark} " in text or f" {mark}" in text or grouped
-            text = text.replace(mark, "" if beside else " ")
-    text = re.sub(r"(?<!\d)\.(?!\d)|\.$", "", text)
+        # Between two words a mark becomes a space; beside a space of the answer (or where 1,000 occurs) it is struck.
+        beside = f"{mark} " in given or f" {mark}" in given or grouped
+        text = text.replace(mark, "" if beside else " ")
+    text = re.sub(r"\.(?!\d)", "", text)
     words = (_NUMBERS.get(word, word) for word in text.split())
     return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
 

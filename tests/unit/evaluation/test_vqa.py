@@ -22,6 +22,11 @@ from megacm3.evaluation.vqa import accuracy, normalize, read_people
         ("dont know", "don't know"),
         ("id", "id"),
         ("t-shirt", "t shirt"),
+        # As the released evaluation does it: a full stop goes unless a digit follows,
+        ("1. yes", "1 yes"),
+        ("u.s. 3.a .5", "us 3a .5"),
+        # and a mark is judged by the answer as it was given, not by what other marks left of it.
+        ("a-b;-c", "b c"),
     ],
 )
 def test_answers_are_compared_without_their_clothes(answer, expected):
