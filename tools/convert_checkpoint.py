@@ -68,6 +68,8 @@ def main(arguments: list[str] | None = None) -> int:
     for name in ("tensor", "pipeline"):
         if getattr(given, name, 1) < 1:
             raise ConfigError(f"--{name} {getattr(given, name)}; expected at least 1")
+    if not 0 < getattr(given, "max_shard_size", 1.0) < float("inf"):
+        raise ConfigError(f"--max-shard-size {given.max_shard_size}; expected gigabytes above 0")
 
     from megacm3.convert import commands
 

@@ -69,7 +69,7 @@ class HfWeights(Weights):
 
     @property
     def vocabulary(self) -> dict[str, Any]:
-        """{"vocabulary": its table of ids}, {} where the folder has none."""
+        """{"vocabulary": its table of ids, "answers": whether it was tuned on them}, {} where the folder has none."""
         return _vocabulary(self.source)
 
     def read(self, kind: str, name: str, box: Box, out: torch.Tensor) -> None:
@@ -130,9 +130,11 @@ def _vocabulary(source: Source) -> dict[str, Any]:
     """The table of ids: from the folder's megacm3.json, else from a Chameleon config; nothing where neither has it."""
     path, config = source.folder / SIDECAR, source.config
     if path.is_file():
-        tree = read_json(path, error=CheckpointError).get("vocabulary")
+        sidecar = read_json(path, error=CheckpointError)
+        tree = sidecar.get("vocabulary")
         # Added ids are reserved: none of them is text, image or special until the table says so.
-        return {"vocabulary": tree | {"size": max(tree["size"], config["vocab_size"])} if tree else None}
+        table = tree | {"size": max(tree["size"], config["vocab_size"])} if tree else None
+        return {"vocabulary": table, "answers": bool(sidecar.get("answers", False))}
     ids = config.get("vocabulary_map") or {}
     if image_name(0) not in ids:
         return {}

@@ -159,7 +159,8 @@ def _sidecar(export: Export, vocabulary: Vocabulary) -> dict[str, Any]:
         fingerprints[role] = manifest.fingerprint
         if role == "image_tokenizer":
             size, grid = manifest.settings["image_size"], list(manifest.settings["grid"])
-    stream = export.checkpoint.state.get("stream") or {}
+    state = export.checkpoint.state
+    stream = state.get("stream") or {}
     stores = [source["store"] for source in stream.get("stores", [])]
     return {
         "format": 1,
@@ -168,7 +169,8 @@ def _sidecar(export: Export, vocabulary: Vocabulary) -> dict[str, Any]:
         "image_size": size,
         "grid": grid,
         "sequence_length": export.config.model.sequence_length,
-        "answers": bool((stream.get("settings") or {}).get("answers_only", False)),
+        # An import says what its folder said; a run what it was trained on.
+        "answers": bool(state.get("answers", (stream.get("settings") or {}).get("answers_only", False))),
         "source": {
             "checkpoint": export.checkpoint.manifest.fingerprint,
             "step": export.checkpoint.step,

@@ -57,6 +57,7 @@ def test_reshard_and_inspect(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         ),
         (("reshard", "--checkpoint", ".", "--output", "out"), 4, "holds no valid checkpoint step"),
         (("reshard", "--checkpoint", ".", "--output", "out", "--tensor", "0"), 2, "--tensor 0; expected at least 1"),
+        (("to-hf", "--checkpoint", ".", "--output", "out", "--max-shard-size", "inf"), 2, "--max-shard-size inf"),
     ],
 )
 def test_refusals(

@@ -13,6 +13,8 @@ from megacm3.convert.export_weights import shards
 from megacm3.convert.to_hf import Export, to_hf
 from megacm3.convert.verify import TOLERANCE, compare, hf_logits, random_batch, trainer_logits
 from megacm3.errors import CheckpointError
+from megacm3.tokenizers.vocabulary import Vocabulary
+from tests.helpers.tiny_models import write_sidecar
 from tests.unit.convert.conftest import KINDS, assert_byte_equal, build, import_hf, tensors
 
 Folders = Callable[[str], Path]
@@ -149,3 +151,16 @@ def test_a_refusing_gate_leaves_the_old_export(folders: Folders, tmp_path: Path)
         to_hf(export, tmp_path / "hf", replace=True, gate=refuse)
     assert {path.name: path.read_bytes() for path in (tmp_path / "hf").iterdir()} == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "native"]
+
+
+def test_an_import_still_says_that_a_model_was_tuned_on_answers(copy: Callable[[str], Path], tmp_path: Path) -> None:
+    """megacm3.json's `answers` decides how the model is asked; it goes along through import, layout and export."""
+    source = copy("opt")
+    write_sidecar(source, Vocabulary.cm3leon(244, 32, 24, sentinels=8, image_tokens=16))
+    for answers in (True, False):
+        tree = json.loads((source / "megacm3.json").read_text()) | {"answers": answers}
+        (source / "megacm3.json").write_text(json.dumps(tree))
+        native = import_hf(source, tmp_path / f"native{answers}")
+        cut = reshard_module.reshard(native, tmp_path / f"cut{answers}", 2, 1)
+        back = to_hf(Export.of(cut), tmp_path / f"back{answers}")
+        assert json.loads((back / "megacm3.json").read_text())["answers"] is answers
