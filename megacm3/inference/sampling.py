@@ -77,7 +77,7 @@ def penalize(scores_K: torch.Tensor, seen: Sequence[int], penalty: float) -> tor
 def keep(scores_BK: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     """Scores after temperature, top-k and top-p, in this order; what is not kept is -inf.
 
-    Ties at the top-k border are all kept; top-p always keeps the best token.
+    Ties at the border of top-k or top-p are all kept; top-p always keeps the best token.
     """
     if sampling.temperature > 0:
         scores_BK = scores_BK / sampling.temperature
@@ -93,14 +93,15 @@ def _top_p(scores_BK: torch.Tensor, p: float) -> torch.Tensor:
     probabilities = scores_BK.softmax(dim=-1)
     # A few hundred tokens nearly always hold the mass; a sort of the whole vocabulary would cost more than the step.
     for size in (min(256, scores_BK.shape[-1]), scores_BK.shape[-1]):
-        best, index = probabilities.topk(size, dim=-1)
+        best = probabilities.topk(size, dim=-1).values
         total = best.cumsum(dim=-1)
         if bool((total[:, -1] >= p).all()):
             break
     kept = total - best < p
     kept[:, 0] = True
-    mask = torch.zeros_like(scores_BK, dtype=torch.bool).scatter_(1, index, kept)
-    return scores_BK.masked_fill(~mask, float("-inf"))
+    # Equals at the border all stay, as in `_first_in_nucleus`: else a sample would hang on which way its batch takes.
+    border = best.masked_fill(~kept, float("inf")).amin(dim=-1, keepdim=True)
+    return scores_BK.masked_fill(probabilities < border, float("-inf"))
 
 
 def draw(
