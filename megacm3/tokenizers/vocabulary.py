@@ -15,6 +15,8 @@ from megacm3.errors import ConfigError, DataError
 from megacm3.files import sha256_json
 
 TEXT, IMAGE, SPECIAL, UNUSED = 0, 1, 2, 3
+_FREE_SLOTS = 515
+"""Ids from Chameleon's end of image to its placeholder `<image>`: <reservedNNNNN>, which are no text, lie between."""
 
 
 @dataclass(frozen=True)
@@ -176,6 +178,12 @@ class Vocabulary:
         kind = np.full(self.size, TEXT, np.uint8)
         if self.family == "cm3leon":
             kind[self.text_size :] = UNUSED
+        else:
+            # Ids that an import added stand behind the table's own.
+            kind[self.text_size + self.codebook_size + len(self.special) :] = UNUSED
+            first, last = self.eoi, self._special.get("<image>", 0)
+            if last - first == _FREE_SLOTS:
+                kind[first:last] = UNUSED
         kind[self.code_to_id] = IMAGE
         kind[list(self._special.values())] = SPECIAL
         return kind
