@@ -55,6 +55,9 @@ def main(arguments: list[str] | None = None) -> int:
     if given.task not in _TASKS:
         raise ConfigError(f"--task {given.task} is unknown; expected one of {', '.join(_TASKS)}")
 
+    if given.limit is not None and given.limit < 1:
+        raise ConfigError(f"--limit {given.limit}; expected 1 or more documents, or leave it out for all")
+
     from megacm3.evaluation import commands
     from megacm3.files import write_json
     from megacm3.inference.api import Generator

@@ -51,6 +51,11 @@ def main(arguments: list[str] | None = None) -> int:
         raise ConfigError(f"--output {given.output}: pictures are written as PNG; give a name that ends in .png")
     if given.image and given.output and not given.prompt:
         raise ConfigError("--image with --output edits a picture; expected a --prompt that says how")
+    ignored = ("bank", "guidance", "image_guidance", "contrastive_k", "contrastive_alpha")
+    unused = [name for name in ignored if getattr(given, name) is not None] + ["n"] * (given.n != 1)
+    if not given.output and unused:
+        flag = "-n" if unused[0] == "n" else "--" + unused[0].replace("_", "-")
+        raise ConfigError(f"{flag} is for pictures, and without --output a text is made; leave it out")
     if given.bank is None and (given.documents or given.best or given.store or given.encoder):
         raise ConfigError("--documents, --best, --store and --encoder need a memory bank; expected --bank BANK")
     if given.best is not None and not 1 <= given.best <= given.n:
@@ -74,7 +79,7 @@ def _given(given: argparse.Namespace, *names: str) -> dict[str, object]:
 def _texts(generator, given: argparse.Namespace) -> None:
     from megacm3.evaluation.pictures import load_picture
 
-    pixels = load_picture(given.image, generator.image_size, "pad")[None]
+    pixels = load_picture(given.image, generator.image_size, generator.framing)[None]
     options = _given(given, "temperature", "top_p", "top_k", "max_tokens", "repetition_penalty", "seed")
     for prompt in given.prompt or [""]:
         print(generator.caption(pixels, prompt=prompt, **options)[0])
@@ -91,7 +96,7 @@ def _pictures(generator, given: argparse.Namespace) -> None:
     prompts: list = given.prompt
     if given.image:
         # The instruction format of CM3Leon's fine-tuning (section E.1); scales of its section 4.1.
-        pixels = load_picture(given.image, generator.image_size, "pad")
+        pixels = load_picture(given.image, generator.image_size, generator.framing)
         prompts = [["Edit first image following the instruction", pixels, prompt] for prompt in given.prompt]
         options.setdefault("image_guidance", 1.5)
     retriever = None

@@ -175,13 +175,19 @@ def infill_caption_prompt(vocabulary: Vocabulary, codes: np.ndarray, retrieved: 
 
 
 def image_to_text_prompt(
-    vocabulary: Vocabulary, codes: np.ndarray, text_ids: Sequence[int] | np.ndarray = (), turn: bool = False
+    vocabulary: Vocabulary,
+    codes: np.ndarray,
+    text_ids: Sequence[int] | np.ndarray = (),
+    turn: bool = False,
+    retrieved: Sequence[Document] = (),
 ) -> np.ndarray:
-    """int64 ids `<s> BOI I EOI T` of a picture and a question, `<end-of-turn>` behind them if `turn`: text follows.
+    """int64 ids `<s> documents BOI I EOI T` of a picture and a question, with `turn` `<end-of-turn>`: text follows.
 
-    For cm3leon the picture-first order `</s> I B T` of its plain fine-tuning.
+    For cm3leon the picture-first order `</s> documents I B T` of its plain fine-tuning; `</s> I <end-of-turn>` without
+    a question.
     """
-    question = Segment(TEXT, np.asarray(text_ids, np.int64))
-    own = Document(-1, (Segment(IMAGE, np.asarray(codes, np.int64)), question))
-    tokens = Layout(vocabulary).assemble([own])[0][:-1]
+    segments = [Segment(IMAGE, np.asarray(codes, np.int64))]
+    if len(text_ids) or not turn:
+        segments.append(Segment(TEXT, np.asarray(text_ids, np.int64)))
+    tokens = Layout(vocabulary).assemble([*retrieved, Document(-1, tuple(segments))])[0][:-1]
     return np.append(tokens, vocabulary.end_of_turn) if turn else tokens

@@ -18,7 +18,7 @@ import torch
 from megacm3.command import seed_from
 from megacm3.data.documents import IMAGE, Document, Layout
 from megacm3.data.store import Store
-from megacm3.errors import DataError
+from megacm3.errors import ConfigError, DataError
 from megacm3.evaluation.fidelity import nearest_pictures, shrink
 from megacm3.evaluation.perplexity import batches_of, token_losses
 from megacm3.inference.engine import Engine, Request
@@ -63,8 +63,12 @@ def choose_questions(store: Store, layout: Layout, count: int, alike: str = "", 
     """Up to `count` documents of each task, drawn by `seed` and key, in the store's order of tasks.
 
     alike: what is struck from keys to find a document's alternatives; empty = all of the task are. Raises DataError for
-    a store whose documents have no answers.
+    a store whose documents have no answers, ConfigError for an `alike` that is no regular expression.
     """
+    try:
+        pattern = re.compile(alike)
+    except re.error as fault:
+        raise ConfigError(f"--alike {alike}: {fault}; expected a regular expression") from fault
     table = store.metadata(["key", "task"]).to_pydict()
     by_task: dict[str, list[int]] = {}
     for doc_id, task in enumerate(table["task"]):
@@ -73,7 +77,7 @@ def choose_questions(store: Store, layout: Layout, count: int, alike: str = "", 
     for task, doc_ids in by_task.items():
         keys = {doc_id: str(table["key"][doc_id]) for doc_id in doc_ids}
         drawn = sorted(doc_ids, key=lambda doc_id: seed_from("question", seed, keys[doc_id]))[:count]
-        struck = {doc_id: re.sub(alike, "", key) if alike else "" for doc_id, key in keys.items()}
+        struck = {doc_id: pattern.sub("", key) if alike else "" for doc_id, key in keys.items()}
         for doc_id in sorted(drawn):
             document = store.document(doc_id)
             prompt = cut(document, layout)

@@ -44,8 +44,17 @@ def compared(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, tuple[floa
         names = [name for name in sorted({*one, *other} - {"hash"}) if one.get(name) != other.get(name)]
         told = ", ".join(f"{name} ({one.get(name)} and {other.get(name)})" for name in names)
         raise DataError(f"results of different protocols cannot be compared: {told}")
-    names = [name for name, value in a.items() if isinstance(value, float) and isinstance(b.get(name), float)]
-    return {name: (a[name], b[name]) for name in names}
+    first, second = _figures(a), _figures(b)
+    return {name: (value, second[name]) for name, value in first.items() if name in second}
+
+
+def _figures(result: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a result by name, those of a table inside it as `table name`."""
+    found = {name: value for name, value in result.items() if isinstance(value, float)}
+    for table, rows in result.items():
+        if isinstance(rows, Mapping) and table not in ("protocol", "drawing"):
+            found |= {f"{table} {name}": value for name, value in rows.items() if isinstance(value, float)}
+    return found
 
 
 def frechet_distance(real: np.ndarray, made: np.ndarray, encoder: Encoder) -> dict[str, Any]:

@@ -19,8 +19,8 @@ from megacm3.retrieval.encoder import Encoder
 if TYPE_CHECKING:
     from megacm3.inference.api import Generator
 
-QUESTION = "Question: {question} Answer: "
-"""The first of the templates of fine-tuning (sft/tasks.yaml)."""
+QUESTION, STOP = "Question: {question} Answer:", "."
+"""What stands before and behind the answer in the first of the templates of fine-tuning (sft/tasks.yaml)."""
 BATCH = 32
 SHOWN = 32
 
@@ -97,9 +97,9 @@ def vqa_task(generator: "Generator", inputs: Sequence[str], images: str, limit: 
     figures, values = [], []
     for start in range(0, len(rows), BATCH):
         some = rows[start : start + BATCH]
-        pictures = np.stack([load_picture(row["image"], generator.image_size, "pad") for row in some])
-        prompts = [QUESTION.format_map({"question": row["question"]}) for row in some]
-        texts = generator.caption(pictures, prompt=prompts, max_tokens=16)
+        pictures = np.stack([load_picture(row["image"], generator.image_size, generator.framing) for row in some])
+        prompts = [QUESTION.format(question=row["question"]) for row in some]
+        texts = generator.caption(pictures, prompt=prompts, after=STOP, max_tokens=16)
         given += texts
         for picture, row, text in zip(pictures, some, texts, strict=True):
             values.append(accuracy(text, row["answers"]))

@@ -51,7 +51,7 @@ class Generator(ModelFolder):
         for event in self._engine().run(requests):
             if event.kind == "image":
                 codes[event.request] = self.vocabulary.codes(np.asarray(event.ids))
-        return codes.reshape(len(prompts), n, -1)
+        return codes.reshape(len(prompts), n, self.vocabulary.image_tokens)
 
     def stream_images(self, prompts: Sequence[Prompt], *, n: int = 1, **options: Any) -> Iterator[Piece]:
         """The pictures of `images` as they grow: a partial picture whenever a row of codes is complete."""
@@ -67,6 +67,7 @@ class Generator(ModelFolder):
         cm3leon fills the masked caption in front of the picture, behind a prompt if there is one (its instruction
         format: "Describe the given picture."); chameleon goes on behind picture and prompt. Options:
         prompt           one text for all pictures, or one for each; "" by default
+        after            cm3leon: text between the caption and the picture, such as a question's full stop
         temperature 0.0 (the best token), top_p 1.0, top_k 0 (off), repetition_penalty 1.0, seed 0, max_tokens 64
         retrieved        for each picture the documents to put in front
         Raises ConfigError, or DataError for a prompt that does not fit the context.

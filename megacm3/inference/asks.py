@@ -28,6 +28,14 @@ SERVED_TEXT = Sampling(0.7, top_p=0.9, repetition_penalty=1.2)
 SERVED_IMAGE = Sampling(0.7, top_p=0.9)
 
 
+def _listed(prompts: Sequence[Prompt]) -> Sequence[Prompt]:
+    if isinstance(prompts, str):
+        raise ConfigError(
+            f"prompts is the text {prompts[:40]!r}; expected a list of prompts, such as [{prompts[:40]!r}]"
+        )
+    return prompts
+
+
 class RequestMaker:
     """Makes requests for one model; the options are those of `Generator`'s methods."""
 
@@ -52,6 +60,12 @@ class RequestMaker:
         """`n` requests for each prompt, one prompt after the other."""
         if n < 1:
             raise ConfigError(f"n is {n}; expected 1 or more samples a prompt")
+        contrastive = contrastive_k is not None or contrastive_alpha is not None
+        if contrastive and image_guidance is not None:
+            raise ConfigError(
+                f"image_guidance {image_guidance} (three streams) and contrastive decoding (two) exclude each other; "
+                "leave out --image-guidance or --contrastive-*"
+            )
         if guidance is not None and not isinstance(guidance, int | float):
             guide = guidance
         elif image_guidance is not None:
@@ -60,8 +74,10 @@ class RequestMaker:
             guide = choose_guidance(guidance, contrastive_k, contrastive_alpha)
         sampling = Sampling(temperature, top_k, top_p)
         requests = []
-        for prompt, documents in zip(prompts, self._retrieved(retrieved, len(prompts)), strict=True):
+        for prompt, documents in zip(_listed(prompts), self._retrieved(retrieved, len(prompts)), strict=True):
             segments = self._segments(prompt)
+            if not segments and guide.streams > 1:
+                raise ConfigError("a prompt without text and picture has nothing to guide; give one, or guidance 1")
             ids = tuple(picture_prompt(self.vocabulary, segments, documents, self.model.answers))
             self._check_room(ids, self.vocabulary.image_tokens)
             guides = guides_for(self.vocabulary, guide, segments, documents)
@@ -76,6 +92,7 @@ class RequestMaker:
         images: np.ndarray,
         *,
         prompt: str | Sequence[str] = "",
+        after: str = "",
         retrieved: Retrieved | None = None,
         max_tokens: int = 64,
         temperature: float = 0.0,
@@ -92,25 +109,27 @@ class RequestMaker:
         requests = []
         retrieved = self._retrieved(retrieved, len(images))
         for codes, text, documents in zip(self.model.encode(images), prompts, retrieved, strict=True):
-            ids, mode = self.caption_prompt(codes, text, documents)
+            ids, mode = self.caption_prompt(codes, text, documents, after)
             self._check_room(ids, 1)
             requests.append(Request(ids, mode, self._seed(seed, 0, ids), max_tokens=max_tokens, text=sampling))
         return requests
 
     def caption_prompt(
-        self, codes: np.ndarray, prompt: str, documents: Sequence[Document]
+        self, codes: np.ndarray, prompt: str, documents: Sequence[Document], after: str = ""
     ) -> tuple[tuple[int, ...], Modes]:
         """The ids in front of a caption, and the mode that ends it; codes [grid height x width] of the picture."""
         vocabulary = self.vocabulary
         if vocabulary.sentinels and not self.model.answers:
             if not prompt:
                 return tuple(infill_caption_prompt(vocabulary, codes, documents).tolist()), Modes.INFILL
-            question = text_segment(prompt + " ", self.model.text_tokenizer, strip=False)
-            return tuple(infill(vocabulary, [question, Mask("text"), image_segment(codes)], documents)[0]), Modes.INFILL
+            # The space before an answer is part of the answer (sft/render.py): none stands before the mask.
+            before = text_segment(prompt.rstrip(" "), self.model.text_tokenizer, strip=False)
+            behind = [text_segment(after, self.model.text_tokenizer)] if after else []
+            parts = [before, Mask("text"), *behind, image_segment(codes)]
+            return tuple(infill(vocabulary, parts, documents)[0]), Modes.INFILL
         text = text_segment(prompt, self.model.text_tokenizer).tokens if prompt else ()
-        return tuple(
-            image_to_text_prompt(vocabulary, codes, text, turn=bool(prompt) or self.model.answers).tolist()
-        ), Modes.TEXT
+        turn = bool(prompt) or self.model.answers
+        return tuple(image_to_text_prompt(vocabulary, codes, text, turn, documents).tolist()), Modes.TEXT
 
     def filling(
         self,
@@ -147,7 +166,7 @@ class RequestMaker:
         """One request for each prompt."""
         requests = []
         guide: Guidance = Plain() if guidance == 1 else ClassifierFree(guidance)
-        for prompt, documents in zip(prompts, self._retrieved(retrieved, len(prompts)), strict=True):
+        for prompt, documents in zip(_listed(prompts), self._retrieved(retrieved, len(prompts)), strict=True):
             ids = tuple(open_prompt(self.vocabulary, self._segments(prompt), documents))
             self._check_room(ids, 1)
             guides = running_guides(self.vocabulary, guide, documents) if images else no_guides
@@ -186,7 +205,7 @@ class RequestMaker:
         return [()] * count if retrieved is None else retrieved
 
     def _seed(self, seed: int, sample: int, ids: tuple[int, ...]) -> int:
-        return seed_from("sample", seed, sample, ids)
+        return seed_from("sample", int(seed), sample, ids)
 
     def _check_room(self, ids: tuple[int, ...], needed: int) -> None:
         if len(ids) + needed > self.model.context:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from megacm3.errors import ConfigError
 from megacm3.inference.decoder import Cache, Decoder
 from megacm3.inference.guidance import Guidance, Plain
 from megacm3.inference.modality import Cursor, Grammar, Modes, State
@@ -46,6 +47,10 @@ class Request:
     """From the ids before an image's first code: the prompts of the other streams."""
     codes: int | None = None
     """Mode IMAGE: how many codes, when not a whole image."""
+
+    def __post_init__(self) -> None:
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise ConfigError(f"max_tokens is {self.max_tokens}; expected 1 or more")
 
 
 @dataclass(frozen=True)

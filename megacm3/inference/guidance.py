@@ -24,6 +24,11 @@ class Guidance(Protocol):
         """scores_BK, fp32."""
 
 
+def _check_finite(name: str, scale: float) -> None:
+    if not math.isfinite(scale):
+        raise ConfigError(f"{name} is {scale}; expected a finite scale (1 is off)")
+
+
 @dataclass(frozen=True)
 class Plain:
     """No guidance: the one stream's logits."""
@@ -42,6 +47,9 @@ class ClassifierFree:
     scale: float = 3.0
 
     streams = 2
+
+    def __post_init__(self) -> None:
+        _check_finite("guidance", self.scale)
 
     def __call__(self, logits_BSK: torch.Tensor) -> torch.Tensor:
         """scores_BK"""
@@ -62,6 +70,10 @@ class ThreeStream:
     text: float = 7.5
 
     streams = 3
+
+    def __post_init__(self) -> None:
+        _check_finite("guidance", self.text)
+        _check_finite("image guidance", self.image)
 
     def __call__(self, logits_BSK: torch.Tensor) -> torch.Tensor:
         """scores_BK"""
@@ -91,8 +103,8 @@ class Contrastive:
             raise ConfigError(f"contrastive k is {self.k}; expected 1 (plain CD) or more")
         if not 0 <= self.alpha <= 1:
             raise ConfigError(f"contrastive alpha is {self.alpha}; expected 0 to 1")
-        if min(self.expert_temperature, self.amateur_temperature) <= 0:
-            raise ConfigError("the temperatures of contrastive decoding must be above 0")
+        if not all(0 < t < math.inf for t in (self.expert_temperature, self.amateur_temperature)):
+            raise ConfigError("the temperatures of contrastive decoding must be above 0 and finite")
 
     def __call__(self, logits_BSK: torch.Tensor) -> torch.Tensor:
         """scores_BK"""

@@ -47,19 +47,27 @@ class Modes(IntEnum):
 class Grammar:
     """The states' masks for one vocabulary."""
 
-    def __init__(self, vocabulary: Vocabulary, rows: int | None = None, device: torch.device | str = "cpu"):
-        """`rows`: ids that the model has, at least the vocabulary's; the ones above are padding, never allowed."""
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        rows: int | None = None,
+        device: torch.device | str = "cpu",
+        *,
+        turns: bool = False,
+    ):
+        """`rows`: ids that the model has, at least the vocabulary's; the ones above are padding, never allowed.
+
+        turns: cm3leon too ends an answer by `<end-of-turn>`, as its fine-tuning on answers taught it.
+        """
         self.vocabulary = vocabulary
         size = vocabulary.size if rows is None else rows
         assert size >= vocabulary.size
         text = vocabulary.is_text(np.arange(vocabulary.size))
         image = vocabulary.is_image(np.arange(vocabulary.size))
         ends = [vocabulary.eos]
-        if vocabulary.family == "chameleon":
+        if vocabulary.family == "chameleon" or turns:
             ends.append(vocabulary.end_of_turn)
-            close = [vocabulary.eoi]
-        else:
-            close = [vocabulary.break_, vocabulary.eos]
+        close = [vocabulary.eoi] if vocabulary.family == "chameleon" else [vocabulary.break_, *ends]
         masks = np.zeros((len(State), size), bool)
         for state in (State.TEXT, State.OPEN, State.AFTER, State.INFILL):
             masks[state, : len(text)] = text

@@ -38,7 +38,7 @@ class ModelFolder:
                 f"{folder}: the vocabulary has {self.vocabulary.size} ids and {self.vocabulary.image_tokens} codes a "
                 f"picture; the model has {rows} rows, the grid is {self.grid[0]} x {self.grid[1]}"
             )
-        self.grammar = Grammar(self.vocabulary, rows, decoder.device)
+        self.grammar = Grammar(self.vocabulary, rows, decoder.device, turns=self.answers)
 
     @classmethod
     def load(
@@ -63,6 +63,11 @@ class ModelFolder:
     def image_size(self) -> int:
         """Side of a picture in pixels. Raises DataError when neither the export nor an image tokenizer says it."""
         return self._image_size or self.image_tokenizer.image_size
+
+    @property
+    def framing(self) -> str:
+        """How training made a prompt's picture square: "crop", or "pad" for chameleon (data/images.py)."""
+        return "pad" if self.vocabulary.family == "chameleon" else "crop"
 
     @cached_property
     def text_tokenizer(self) -> TextTokenizer:

@@ -44,6 +44,8 @@ class Retriever:
 
     def documents(self, prompts: Sequence[str], count: int) -> list[list[Document]]:
         """For each prompt the `count` documents (0-2 in the paper) whose vectors are nearest to its text's."""
+        if count < 0:
+            raise ConfigError(f"--documents {count}; expected 0 (none) or more")
         if count == 0 or not prompts:
             return [[] for _ in prompts]
         _, ids = self.bank.search(self.encoder.encode_texts(list(prompts)), count)

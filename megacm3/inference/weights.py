@@ -98,7 +98,9 @@ def read_folder(
         raise CheckpointError(f"{folder / 'config.json'} lacks the key {fault}") from fault
     reader = _Reader(folder, device, dtype)
     read = _read_opt if architecture.rope_theta is None else _read_llama
-    return architecture, read(reader, architecture, bool(config.get("tie_word_embeddings", False)))
+    # Left out, it has transformers' default, which for OPT is tied.
+    tied = bool(config.get("tie_word_embeddings", config.get("model_type") == "opt"))
+    return architecture, read(reader, architecture, tied)
 
 
 def _architecture(config: dict[str, Any], folder: Path) -> Architecture:
@@ -109,7 +111,7 @@ def _architecture(config: dict[str, Any], folder: Path) -> Architecture:
         raise CheckpointError(f"{folder} holds a model of type '{kind}'; expected opt, llama, qwen3 or chameleon")
     rope = config.get("rope_parameters") or {"rope_theta": config.get("rope_theta", 10000.0)}
     required = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu", "use_sliding_window": False}
-    _require(config, required, folder)
+    _require(config, required | {"rope_scaling": None}, folder)
     _require(rope, {"rope_type": "default"}, folder)
     heads = config["num_attention_heads"]
     kv_heads = config.get("num_key_value_heads") or heads

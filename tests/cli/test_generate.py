@@ -10,6 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
+from megacm3.evaluation.pictures import load_picture
+from megacm3.inference.api import Generator
 from tests.helpers import tiny_models
 from tests.helpers.tools import TOOLS, run_tool
 
@@ -73,6 +75,15 @@ def test_text_from_a_picture_and_editing(place, capfd):
     assert generate(place, *edit)[0] == 0 and (place / "edit.png").is_file()
 
 
+def test_a_picture_is_framed_as_in_training(place, capfd):
+    """cm3leon's pictures are always cut; a white border is Chameleon's."""
+    generator = Generator.load(place / "hf")
+    pixels = load_picture(place / "in.png", tiny_models.PIXELS, "crop")
+    (wanted,) = generator.caption(pixels[None], temperature=1.0, seed=1, max_tokens=12)
+    words = ("--image", place / "in.png", "--temperature", 1, "--seed", 1, "--max-tokens", 12)
+    assert generate(place, *words) == (0, "") and wanted and wanted in capfd.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
@@ -89,6 +100,15 @@ def test_text_from_a_picture_and_editing(place, capfd):
         (("--image", "nowhere.png"), 3, "nowhere.png cannot be read"),
         (("--image", "{place}/text.png"), 3, "unknown_format"),
         (("--image", "{place}/in.png", "--output", "bad.png"), 2, "edits a picture"),
+        (("--image", "{place}/in.png", "--bank", "nowhere"), 2, "--bank is for pictures"),
+        (("--image", "{place}/in.png", "--contrastive-k", 4), 2, "--contrastive-k is for pictures"),
+        (("--image", "{place}/in.png", "-n", 4), 2, "-n is for pictures"),
+        (("--image", "{place}/in.png", "--max-tokens", 0), 2, "max_tokens is 0"),
+        (
+            ("--image", "{place}/in.png", "--prompt", "a", "--output", "bad.png", "--contrastive-k", 4),
+            2,
+            "exclude each other",
+        ),
     ],
 )
 def test_refusals(place, tmp_path, monkeypatch, arguments, code, message):
@@ -114,6 +134,8 @@ def test_evaluate(place, capfd):
         2,
         "--task vqaa is unknown; expected one of perplexity, fidelity, retrieval, fid, clip, recall, caption, vqa",
     )
+    limited = ("--task", "caption", "--input", "x", "--limit", 0)
+    assert run_tool("evaluate", "--model", place / "hf", *limited)[1].startswith("--limit 0; expected 1 or more")
     code, line = run_tool("evaluate", "--model", place / "hf", "--task", "perplexity", "--input", place / "none")
     assert code == 3 and "none" in line
     tars = TOOLS.parent / "examples" / "data" / "heldout-*.tar"

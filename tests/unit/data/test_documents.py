@@ -178,3 +178,6 @@ def test_image_to_text_prompt() -> None:
     prompt = image_to_text_prompt(CHAMELEON, np.array([3, 4]), [500], turn=True)
     assert prompt.tolist() == [CHAMELEON.bos, *picture, 500, CHAMELEON.end_of_turn]
     assert image_to_text_prompt(CM3LEON, np.array([3, 4])).tolist() == [END, *I34, BREAK]
+    assert image_to_text_prompt(CM3LEON, np.array([3, 4]), turn=True).tolist() == [END, *I34, CM3LEON.end_of_turn]
+    front = [END, 5, BREAK, *I67, BREAK]
+    assert image_to_text_prompt(CM3LEON, np.array([3, 4]), retrieved=[OTHER]).tolist() == [*front, *I34, BREAK]

@@ -12,7 +12,7 @@ import torch
 from megacm3.data.documents import ANSWER, IMAGE, TEXT, Document, Layout, Segment
 from megacm3.data.parts import write_store
 from megacm3.data.store import Store, StoreShape
-from megacm3.errors import DataError
+from megacm3.errors import ConfigError, DataError
 from megacm3.evaluation import answers
 from megacm3.evaluation.answer_files import read_answers
 from megacm3.evaluation.answers import answer_all, answer_losses, chance, choose_questions, plain, word_overlap
@@ -72,6 +72,8 @@ def test_questions_are_drawn_by_task_and_alternatives_share_the_rest_of_the_key(
             assert np.array_equal(question.alternatives[0].segments[-1].tokens, question.prompt.answer[0].tokens)
         else:
             assert question.alternatives == ()
+    with pytest.raises(ConfigError, match=r"--alike \(: .*expected a regular expression"):
+        choose_questions(opened, layout, 100, "(")
     apart = choose_questions(opened, layout, 100)
     assert {len(question.alternatives) for question in apart if question.picture} == {6}
     some, more = (choose_questions(opened, layout, count, seed=3) for count in (2, 3))

@@ -85,6 +85,7 @@ def test_clip_score_and_recall_by_hand(encoder, gallery):
     assert clip_score(gallery.pixels, gallery.captions, encoder)["clip_score"] == pytest.approx(wanted, rel=1e-5)
     found = recall(gallery.pixels, gallery.captions, encoder, (1, 8))
     assert found["text_to_image"]["recall@8"] == found["image_to_text"]["recall@8"] == 1.0
+    assert compared(found, found)["text_to_image recall@8"] == (1.0, 1.0) and len(compared(found, found)) == 4
     best = (texts @ images.T).argmax(1)
     assert found["text_to_image"]["recall@1"] == pytest.approx(np.mean(best == np.arange(8)))
 

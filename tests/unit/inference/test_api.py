@@ -17,12 +17,17 @@ from megacm3.data.documents import (
     unconditional_prompt,
 )
 from megacm3.errors import CheckpointError, ConfigError, DataError
+from megacm3.evaluation.tasks import QUESTION, STOP
 from megacm3.inference import requests
 from megacm3.inference.api import Generator
 from megacm3.inference.asks import RequestMaker
 from megacm3.inference.guidance import ClassifierFree, ThreeStream
+from megacm3.inference.modality import Modes, State
 from megacm3.inference.pieces import Wish
 from megacm3.inference.requests import Mask
+from megacm3.sft.prompts import cut
+from megacm3.sft.render import render
+from megacm3.sft.tasks import load_tasks
 from megacm3.tokenizers.vocabulary import Vocabulary
 
 PICTURE = np.arange(16)
@@ -76,7 +81,43 @@ def test_a_tuned_model_is_asked_for_a_text_as_it_was_taught(hf_folder, tmp_path)
     sample = Layout(tuned.vocabulary, turns=True).assemble([own])[0].tolist()
     ids, _ = RequestMaker(tuned).caption_prompt(PICTURE, "a red", ())
     assert list(ids) == sample[: len(ids)] and ids[-1] == tuned.vocabulary.end_of_turn
+    # A captioning template that asks nothing: the picture, its turn, the caption.
+    own = Document(0, (Segment(IMAGE, PICTURE), Segment(TEXT, np.array([5]), answer=True)))
+    sample = Layout(tuned.vocabulary, turns=True).assemble([document(), own])[0].tolist()
+    ids, _ = RequestMaker(tuned).caption_prompt(PICTURE, "", [document()])
+    assert list(ids) == sample[: len(ids)] and ids[-1] == tuned.vocabulary.end_of_turn
+    assert tuned.grammar.masks[State.TEXT, tuned.vocabulary.end_of_turn]
     assert RequestMaker(base).caption_prompt(PICTURE, "a red", ())[0][-1] == base.vocabulary.sentinel(0)
+
+
+@pytest.mark.parametrize(
+    ("task", "template", "fields", "prompt", "after"),
+    [
+        ("coco-captions", 0, {"caption": "a red cat"}, "", ""),
+        ("coco-captions", 1, {"caption": "a red cat"}, "Describe the given picture.", ""),
+        (
+            "vqav2",
+            0,
+            {"question": "Is it {red}?", "answer": "a red cat"},
+            QUESTION.format(question="Is it {red}?"),
+            STOP,
+        ),
+        ("vqav2", 2, {"question": "What?", "answer": "red"}, "Question: What? The answer is ", "."),
+    ],
+)
+def test_a_text_is_asked_for_as_fine_tuning_put_it(generator, task, template, fields, prompt, after):
+    """The template's document with its answer masked, to the last space: sft/prompts.py cuts it from the stored one."""
+    parts = render(load_tasks()[task], template, fields | {"image": b"picture"}, "cm3leon")
+    encode = generator.text_tokenizer.encode
+    segments = [
+        Segment(IMAGE, PICTURE, part.answer)
+        if isinstance(part.content, bytes)
+        else Segment(TEXT, np.array(encode(part.content)), part.answer)
+        for part in parts
+    ]
+    wanted = cut(Document(0, tuple(segments)), Layout(generator.vocabulary))
+    ids, mode = RequestMaker(generator).caption_prompt(PICTURE, prompt, (), after)
+    assert list(ids) == wanted.tokens.tolist() and mode == Modes.INFILL and wanted.infill
 
 
 def test_picture_prompt_equals_the_shared_builder(both):
@@ -236,6 +277,28 @@ def test_too_long_prompts_are_refused(generator):
         generator.images(["a cat"], retrieved=[])
     with pytest.raises(ConfigError, match="n is 0"):
         generator.images(["a cat"], n=0)
+
+
+def test_wishes_that_contradict_themselves_are_refused(generator, pixels):
+    edit = [["Edit", pixels[0], "a red cat"]]
+    with pytest.raises(ConfigError, match=r"three streams.*exclude"):
+        generator.image_codes(edit, image_guidance=1.5, contrastive_k=4)
+    with pytest.raises(ConfigError, match="guidance is nan"):
+        generator.image_codes(["a cat"], guidance=float("nan"))
+    with pytest.raises(ConfigError, match="image guidance is inf"):
+        generator.image_codes(edit, image_guidance=float("inf"))
+    with pytest.raises(ConfigError, match=r"expected a list of prompts, such as \['a cat'\]"):
+        generator.images("a cat")
+    with pytest.raises(ConfigError, match="expected a list"):
+        generator.complete("a cat")
+    with pytest.raises(ConfigError, match="nothing to guide"):
+        generator.image_codes([[]])
+    assert generator.image_codes([[]], guidance=1).shape == (1, 1, 16)
+    assert generator.image_codes([], n=2).shape == (0, 2, 16)
+    for count in (0, -3):
+        for ask in (generator.caption, lambda _, **o: generator.complete(["a cat"], **o)):
+            with pytest.raises(ConfigError, match=f"max_tokens is {count}; expected 1 or more"):
+                ask(pixels[:1], max_tokens=count)
 
 
 def test_wrong_pictures_are_refused(generator):

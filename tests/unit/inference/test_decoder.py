@@ -118,6 +118,18 @@ def test_head_of_a_part_of_the_vocabulary(models):
     assert decoder.head_of(torch.arange(40, 72)).data_ptr() == decoder.weights.head[40:].data_ptr()  # no copy
 
 
+def test_a_config_that_does_not_say_so_is_tied_as_the_class_is(models, tmp_path):
+    """OPT's default in transformers is tied; a Llama's is not."""
+    for name, tied in (("opt", True), ("llama", False)):
+        folder = tmp_path / name
+        shutil.copytree(models[name][1], folder)
+        config = json.loads((folder / "config.json").read_text())
+        config.pop("tie_word_embeddings", None)
+        (folder / "config.json").write_text(json.dumps(config))
+        weights = Decoder.load(folder).weights
+        assert (weights.head is weights.embed) == tied
+
+
 def test_refusals(models, tmp_path):
     _, folder = models["opt"]
     with pytest.raises(CheckpointError, match="does not exist"):
@@ -129,15 +141,18 @@ def test_refusals(models, tmp_path):
         with pytest.raises(ConfigError, match="cuda"):
             Decoder.load(folder, "cuda")
 
-    def changed(name, **keys):
+    def changed(name, source=folder, **keys):
         target = tmp_path / name
-        shutil.copytree(folder, target)
+        shutil.copytree(source, target)
         config = json.loads((target / "config.json").read_text()) | keys
         (target / "config.json").write_text(json.dumps(config))
         return target
 
     with pytest.raises(CheckpointError, match="enable_bias"):
         Decoder.load(changed("bias", enable_bias=True))
+    rope = {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}  # where older config files have it
+    with pytest.raises(CheckpointError, match="rope_scaling"):
+        Decoder.load(changed("rope", models["llama"][1], **rope))
     with pytest.raises(CheckpointError, match="type 'gpt2'"):
         Decoder.load(changed("kind", model_type="gpt2"))
     with pytest.raises(CheckpointError, match="fc1"):

@@ -108,6 +108,33 @@ def test_infill_ends_at_eoss_and_not_at_the_end_of_the_sample():
     assert cursor.done == "stop"
 
 
+def test_an_answer_may_end_with_the_turn_where_tuning_taught_it(vocabulary):
+    """cm3leon tuned on answers: between turns of a conversation they end with `<end-of-turn>`, not with `</s>`."""
+    tuned = Grammar(vocabulary, turns=True)
+    for state in (State.TEXT, State.OPEN, State.CLOSE):
+        assert tuned.masks[state, vocabulary.end_of_turn] and tuned.masks[state, vocabulary.eos]
+        assert not Grammar(vocabulary).masks[state, vocabulary.end_of_turn]
+    cursor = tuned.begin(Modes.TEXT, 5)
+    cursor.advance(vocabulary.end_of_turn)
+    assert cursor.done == "stop"
+
+
+def test_free_slots_of_chameleon_are_no_text():
+    """Released: special is every token whose name begins with `<`, the <reservedNNNNN> too."""
+    v = Vocabulary.chameleon(1000, 32, 16)
+    grammar = Grammar(v)
+    names = dict(v.special)
+    free = [i for i in range(names["<eoss>"], names["<image>"]) if i not in names.values()]
+    assert len(free) == 512 and not v.is_text(free).any() and v.is_text([names["<image>"] + 1, 999]).all()
+    allowed = grammar.masks[State.OPEN].nonzero()[:, 0].tolist()
+    assert not set(free) & set(allowed) and set(allowed) - {v.eos, v.end_of_turn, v.boi} == set(range(552, 1000))
+
+
+def test_ids_that_an_import_added_are_never_drawn():
+    v = Vocabulary.from_json(Vocabulary.chameleon(1000, 32, 16).to_json() | {"size": 1010})
+    assert not Grammar(v).masks[:, 1000:].any() and Grammar(v).masks[State.TEXT, 999]
+
+
 def test_specials_that_no_state_wants_are_never_allowed():
     for vocabulary in (CM3LEON, CHAMELEON):
         anywhere = Grammar(vocabulary).masks.any(0)

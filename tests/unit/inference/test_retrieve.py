@@ -53,6 +53,8 @@ def test_the_nearest_documents_come_from_the_store(place):
     assert [[document.doc_id for document in documents] for documents in found] == ids.tolist()
     assert len(found[0][0].segments[1].tokens) == 16
     assert retriever.documents(["red thing"], 0) == [[]] and retriever.documents([], 2) == []
+    with pytest.raises(ConfigError, match="--documents -1; expected 0"):
+        retriever.documents(["red thing"], -1)
 
 
 def test_samples_are_ordered_by_score(place):
