@@ -125,7 +125,7 @@ class RequestMaker:
             # The space before an answer is part of the answer (sft/render.py): none stands before the mask.
             before = text_segment(prompt.rstrip(" "), self.model.text_tokenizer, strip=False)
             behind = [text_segment(after, self.model.text_tokenizer)] if after else []
-            parts = [before, Mask("text"), *behind, image_segment(codes)]
+            parts: list[Segment | Mask] = [before, Mask("text"), *behind, image_segment(codes)]
             return tuple(infill(vocabulary, parts, documents)[0]), Modes.INFILL
         text = text_segment(prompt, self.model.text_tokenizer).tokens if prompt else ()
         turn = bool(prompt) or self.model.answers
