@@ -150,7 +150,8 @@ def _check_guards(config: Config) -> None:
             f"checkpoint.step = {checkpoint.step} with checkpoint.resume = {checkpoint.resume}; expected a step to go "
             "back to with auto or required, or 0 for the newest"
         )
-    for key in ("guards.spike", "guards.output_norm", "guards.limit", "watchdog.warn", "watchdog.timeout"):
+    counts = ("checkpoint.every", "checkpoint.keep", "train.stop_at", "data.workers", "optimizer.schedule.warmup")
+    for key in (*counts, "guards.spike", "guards.output_norm", "guards.limit", "watchdog.warn", "watchdog.timeout"):
         if _get(config, key) < 0:
             raise ConfigError(f"{key} = {_get(config, key)}; expected 0 or more")
     if config.guards.window < 8:

@@ -4,9 +4,11 @@ The engine asks before its optimizer step, when loss and gradients of the global
 so a step that is refused changes no parameter anywhere. All state is JSON and goes into the checkpoint.
 """
 
+import copy
 import logging
 import math
 import statistics
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,9 +52,9 @@ class Guards:
         """Ranges of sequences that a rollback left out, beside those of the config."""
 
     def state(self) -> dict[str, Any]:
-        """For the checkpoint."""
+        """For the checkpoint: copies, since a save in the background writes them when the training is further on."""
         names = ("losses", "norms", "lowest", "refused", "left_out")
-        return {name: getattr(self, name) for name in names} | {
+        return {name: copy.deepcopy(getattr(self, name)) for name in names} | {
             "skip_steps": self.settings.skip_steps,
             "skip_sequences": self.settings.skip_sequences,
         }
@@ -61,7 +63,9 @@ class Guards:
         """Continue from what `state` gave; what this run has left out or refused since stays so."""
         here = set(map(tuple, self.left_out))
         self.losses, self.norms, self.lowest = list(state["losses"]), list(state["norms"]), state["lowest"]
-        self.refused = sorted({*self.refused, *state["refused"]})
+        # A step that is refused again after a rollback counts again: else the limit would never be reached.
+        saved: Counter[int] = Counter(state["refused"])
+        self.refused = sorted((saved | Counter(self.refused)).elements())
         self.left_out = [list(pair) for pair in sorted(here | set(map(tuple, state["left_out"])))]
 
     @property
@@ -134,7 +138,10 @@ class Guards:
     def _dump(self, path: Path, run: "Run", told: dict[str, Any], batch: Step, end: int) -> None:
         sequences = range(batch.first_sequence, end)
         samples = {str(number): list(run.stream.samples(number)) for number in sequences}
-        write_json(path, told | {"samples_sha256": batch.samples_sha256, "samples_by_sequence": samples})
+        try:
+            write_json(path, told | {"samples_sha256": batch.samples_sha256, "samples_by_sequence": samples})
+        except OSError as fault:  # a full disk must not end a training
+            log.warning("%s could not be written: %s", path, fault.strerror)
 
     def _watch_norm(self, run: "Run", step: int, norm: float) -> None:
         """Chameleon's leading indicator: the norm of the last output grows long before the loss diverges (2.3)."""

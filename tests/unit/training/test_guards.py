@@ -56,6 +56,27 @@ def test_state_goes_through_json_and_keeps_what_was_left_out_since() -> None:
     assert other.losses == [1.0, 2.0] and other.lowest == 3.0
 
 
+def test_what_was_saved_does_not_change_with_the_steps_after_it(tmp_path: Path) -> None:
+    """A save in the background writes its state when the training is further on."""
+    guards = Guards(config("guards.output_norm=2", "optimizer.schedule.warmup=0"))
+    guards._watch_norm(run(tmp_path), 1, 3.0)
+    saved = guards.state()
+    guards._watch_norm(run(tmp_path), 2, 4.0)
+    assert saved["norms"] == [3.0]
+
+
+def test_a_step_refused_again_after_each_rollback_counts_each_time() -> None:
+    """Else a fault that stays would be rolled back for ever, and guards.limit never reached."""
+    guards = Guards(config())
+    saved = guards.state()
+    for times in (1, 2, 3):
+        guards.refused.append(5)
+        guards.restore(saved)
+        assert guards.refused == [5] * times
+    guards.restore({**saved, "refused": [2, 5]})  # it was saved before, by the same run
+    assert guards.refused == [2, 5, 5, 5]
+
+
 def test_a_growing_output_norm_warns_once_a_doubling(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     guards = Guards(config("guards.window=8", "guards.output_norm=2", "optimizer.schedule.warmup=4"))
     for step, norm in enumerate([9.0] * 4 + [1.0] * 8 + [1.9] * 8 + [2.5] * 8 + [2.6] * 8 + [5.2] * 8, start=1):
@@ -71,6 +92,13 @@ def test_batches_jump_over_ranges_of_sequences() -> None:
     assert jump(5, 8, ranges) == 10
     assert jump(13, 8, ranges) == 30
     assert jump(12, 8, ranges) == 12
+
+
+@pytest.mark.parametrize("key", ["checkpoint.keep", "checkpoint.every", "train.stop_at", "data.workers"])
+def test_counts_below_zero_are_refused(key: str) -> None:
+    """To keep -1 checkpoints would delete all but the newest."""
+    with pytest.raises(ConfigError, match=f"{key} = -1; expected 0 or more"):
+        config(f"{key}=-1")
 
 
 def test_ranges_must_be_ranges() -> None:
