@@ -105,9 +105,11 @@ def commit(
 ) -> list[Path]:
     """Turn a temporary folder whose files are all written into the committed step. Called on one rank.
 
-    keep: newest valid steps to keep, 0 = all. Returns what `remove_retired` may delete.
+    keep: newest valid steps to keep, 0 = all. Returns what `remove_retired` may delete. Raises CheckpointError when a
+    file is not there as it was written.
     """
     temporary, final = temporary_folder(folder, step), folder / step_name(step)
+    _check_there(temporary, files)
     write_manifest(temporary, KIND, settings, inputs, files)
     _fsync_folder(temporary)
     strike("save.before_rename", step=step)
@@ -129,6 +131,17 @@ def commit(
         except OSError as fault:
             log.warning("old checkpoint %s could not be removed: %s", path, fault.strerror)
     return retired
+
+
+def _check_there(folder: Path, files: dict[str, dict[str, Any]]) -> None:
+    for name, entry in files.items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != entry["bytes"]:
+            found = f"has {path.stat().st_size}" if path.is_file() else "is gone"
+            raise CheckpointError(
+                f"{path} was written with {entry['bytes']} bytes, but {found} where the step is committed (all ranks "
+                "need the same train.out); nothing of this step is left, earlier ones are whole"
+            )
 
 
 def remove_retired(paths: list[Path]) -> None:

@@ -76,6 +76,18 @@ def test_retention(tmp_path: Path) -> None:
     assert names(tmp_path) == ["step_000002"]
 
 
+def test_a_file_that_is_gone_or_shorter_at_the_commit_costs_no_older_step(tmp_path: Path) -> None:
+    make(tmp_path, 1)
+    for found in (None, "dat"):
+        temporary = begin(tmp_path, 2, 1)
+        if found is not None:
+            (temporary / "rank_00001.safetensors").write_text(found)
+        files = {"rank_00001.safetensors": {"bytes": 4, "sha256": "0"}}
+        with pytest.raises(CheckpointError, match=r"rank_00001\.safetensors was written with 4 bytes, but"):
+            commit.commit(tmp_path, 2, {"step": 2}, {}, files, keep=1)
+        assert names(tmp_path) == ["step_000001"]
+
+
 def test_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     free = shutil.disk_usage(tmp_path)._replace(free=commit.SPARE_BYTES + 10)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
