@@ -219,11 +219,13 @@ class CheckpointConfig:
     background: bool = True
     """Save from copies while the training goes on; a rank keeps host memory of the size of its share for it."""
     on_failure: str = "stop"
-    """stop | continue: what a save that fails (no space, no right to write) does to the run; the last step's stops."""
+    """stop | continue: what a save that fails (no space, no right to write) does to the run; the last step's stops, and
+    that after a signal."""
     override: list[str] = field(default_factory=list)
     """Keys of learning rate, schedule or data weights that may differ from the checkpoint's: [optimizer.lr]."""
     resume: str = "auto"
-    """required | auto | never. auto continues from the newest valid step, and says so when there is none."""
+    """required | auto | never. auto continues from the newest valid step, and says so when there is none; never sets
+    the steps that are there aside (renamed)."""
     step: int = 0
     """Go back to this step, and to no other in its place; later ones are set aside (renamed). The same command again
     goes on from where the run came to since. 0 = the newest."""

@@ -23,7 +23,11 @@ def choose_step(folder: Path, settings: CheckpointConfig) -> Path | None:
     Raises CheckpointError when one is required and there is none, or when checkpoint.step is not valid.
     """
     clear_leftovers(folder)
-    found = discover(folder) if settings.resume != "never" else []
+    found = discover(folder)
+    if settings.resume == "never":
+        for path in found:
+            _set_aside(path, "beginning anew (checkpoint.resume = never)")
+        return None
     if settings.step:
         return _go_back(folder, found, settings.step)
     if not found and settings.resume == "required":
@@ -44,13 +48,18 @@ def _go_back(folder: Path, found: list[Path], step: int) -> Path:
         valid = ", ".join(path.name for path in found) or "none"
         raise CheckpointError(f"checkpoint.step = {step}, but {wanted} is not a valid checkpoint; valid ones: {valid}")
     for path in later:
-        aside, number = path.with_name(f"{path.name}.aside"), 1
-        while aside.exists():
-            number += 1
-            aside = path.with_name(f"{path.name}.aside{number}")
-        os.replace(path, aside)
-        log.warning("%s is set aside as %s: going back to step %d (checkpoint.step)", path, aside.name, step)
+        _set_aside(path, f"going back to step {step} (checkpoint.step)")
     return wanted
+
+
+def _set_aside(path: Path, why: str) -> None:
+    """Rename a step: it must not be taken for one of the steps that come now."""
+    aside, number = path.with_name(f"{path.name}.aside"), 1
+    while aside.exists():
+        number += 1
+        aside = path.with_name(f"{path.name}.aside{number}")
+    os.replace(path, aside)
+    log.warning("%s is set aside as %s: %s", path, aside.name, why)
 
 
 def on_main(context: ParallelContext, choose: Callable[[], Path | None]) -> Path | None:

@@ -39,10 +39,19 @@ def test_the_newest_valid_one_or_none(folder: Path, tmp_path: Path) -> None:
     assert choose_step(folder, CheckpointConfig()) == folder / "step_000006"
     (folder / "step_000006/rank_00000.safetensors").unlink()
     assert choose_step(folder, CheckpointConfig(resume="required")) == folder / "step_000004"
-    assert choose_step(folder, CheckpointConfig(resume="never")) is None
     assert choose_step(tmp_path / "none", CheckpointConfig()) is None
     with pytest.raises(CheckpointError, match=r"resume = required, but .*none holds no valid checkpoint"):
         choose_step(tmp_path / "none", CheckpointConfig(resume="required"))
+
+
+def test_a_run_that_begins_anew_leaves_no_other_run_s_steps_among_its_own(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A later start, a rollback or the retention would take step 6 for this run's newest."""
+    assert choose_step(folder, CheckpointConfig(resume="never")) is None
+    assert names(folder) == [] and len(list(folder.glob("step_*.aside"))) == 3
+    assert "beginning anew (checkpoint.resume = never)" in caplog.text
+    assert choose_step(folder, CheckpointConfig()) is None
 
 
 def test_a_step_that_is_asked_for_is_never_another(folder: Path) -> None:
