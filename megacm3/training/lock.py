@@ -1,5 +1,6 @@
 """One job a folder: `.lock` names the host and process that writes there."""
 
+import contextlib
 import json
 import logging
 import os
@@ -58,12 +59,17 @@ class FolderLock:
     def release(self) -> None:
         """Give it back, if it is still ours."""
         self._end.set()
-        if self._holder().get("token") == self._mine["token"]:
-            self.path.unlink()
+        with contextlib.suppress(OSError):  # it would hide the error that the run ends with
+            if self._holder().get("token") == self._mine["token"]:
+                self.path.unlink()
 
     def _holder(self) -> dict[str, Any]:
+        return self._read(self.path)
+
+    @staticmethod
+    def _read(path: Path) -> dict[str, Any]:
         try:
-            found = read_json(self.path, error=ConfigError)
+            found = read_json(path, error=ConfigError)
         except ConfigError:
             return {}
         return found if isinstance(found, dict) else {}
@@ -76,9 +82,16 @@ class FolderLock:
                 f"{self.path.parent} is in use by {who}; stop that job first, or give another train.out "
                 f"(if you know that it is dead, remove {self.path})"
             )
-        if holder:
-            log.warning("%s is dead and left %s: taken over", who, self.path)
-        self.path.unlink(missing_ok=True)
+        # Of several heirs one gets the dead lock away; who gets the lock that an heir has just made gives it back.
+        aside = self.path.with_name(f".lock.{self._mine['token']}.dead")
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(self.path, aside)
+            if self._read(aside) == holder:
+                if holder:
+                    log.warning("%s is dead and left %s: taken over", who, self.path)
+            else:
+                os.link(aside, self.path)
+            aside.unlink()
 
     def _lives(self, holder: dict[str, Any]) -> bool:
         if holder.get("host") == self._mine["host"]:
@@ -100,5 +113,7 @@ class FolderLock:
 
     def _stay_alive(self) -> None:
         while not self._end.wait(TOUCH):
-            if self._holder().get("token") == self._mine["token"]:
-                os.utime(self.path)
+            # A network file system may fail for a moment; who stops here counts as dead on other machines.
+            with contextlib.suppress(OSError):
+                if self._holder().get("token") == self._mine["token"]:
+                    os.utime(self.path)

@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -51,3 +53,52 @@ def test_another_machine_is_judged_by_its_signs_of_life(tmp_path: Path, monkeypa
     near = FolderLock(tmp_path)
     near.acquire()
     near.release()
+
+
+def test_a_file_system_that_fails_for_a_moment_does_not_end_the_signs_of_life(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lock, "TOUCH", 0.05)
+    held = FolderLock(tmp_path)
+    held.acquire()
+    text = held.path.read_text()
+    held.path.unlink()
+    held.path.mkdir()  # what reads it meets an OSError
+    time.sleep(0.3)
+    held.path.rmdir()
+    held.path.write_text(text)
+    os.utime(held.path, (1, 1))
+    time.sleep(0.3)
+    assert held.path.stat().st_mtime > 1
+    held.release()
+
+
+def test_two_heirs_of_a_dead_machine_do_not_both_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both wait for a sign of life, and the slower one must not take what the faster one has just made its own."""
+    monkeypatch.setattr(lock, "TOUCH", 0.1)
+    (tmp_path / ".lock").write_text(json.dumps({"host": "elsewhere", "pid": 1, "begun": "1", "token": "dead"}))
+    heirs, refused = [FolderLock(tmp_path) for _ in range(2)], []
+    begun = threading.Barrier(2)
+
+    def inherit(heir: FolderLock) -> None:
+        begun.wait()
+        try:
+            heir.acquire()
+        except ConfigError as error:
+            refused.append(str(error))
+
+    threads = [threading.Thread(target=inherit, args=(heir,)) for heir in heirs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(refused) == 1 and "in use by process" in refused[0]
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+def test_giving_back_what_cannot_be_read_hides_no_other_error(tmp_path: Path) -> None:
+    held = FolderLock(tmp_path)
+    held.acquire()
+    held.path.unlink()
+    held.path.mkdir()
+    held.release()
