@@ -1,8 +1,10 @@
 """What a step left: in metrics.jsonl (the source of truth), on the console, in TensorBoard, wandb, and the report."""
 
+import contextlib
 import dataclasses
 import json
 import logging
+import os
 import time
 import uuid
 from pathlib import Path
@@ -121,13 +123,23 @@ class Metrics:
                 log.warning("step %d: %s", step, slow)
         line |= self._saved | held_out
         self._saved = {}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        self._append(json.dumps(line) + "\n")
         self._send(line, step)
         log.info("%s", self.console(line))
         self._report.maybe()
         # A line counts from one line's beginning to the next one's: what this one took is the next one's log_share.
         self._started, self._first, self._wait, self._own = begun, step, 0.0, time.monotonic() - begun
+
+    def _append(self, text: str) -> None:
+        """A line, or nothing where the disk is full: that must not end a training."""
+        whole = self.path.stat().st_size if self.path.exists() else 0
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(text)
+        except OSError as fault:
+            log.warning("%s could not be written: %s; this step's line is lost", self.path, fault.strerror)
+            with contextlib.suppress(OSError):
+                os.truncate(self.path, whole)
 
     def _speed(self, step: int, now: float) -> dict[str, float | None]:
         """Over the steps since the last line, saves included. log_share: what writing the last line and report took."""
@@ -166,8 +178,12 @@ class Metrics:
         for name, values in ((name, values) for name, values in line.items() if isinstance(values, list)):
             numbers |= {f"{name}/{i}": value for i, value in enumerate(values) if value is not None}
         if self._board is not None:
-            for name, value in numbers.items():
-                self._board.add_scalar(name, value, step)
+            try:
+                for name, value in numbers.items():
+                    self._board.add_scalar(name, value, step)
+            except OSError as fault:  # its own thread met a full disk
+                log.warning("TensorBoard's events cannot be written any more: %s", fault.strerror)
+                self._board = None
         if self._wandb is not None:
             self._wandb.log(numbers, step=step)
 
@@ -177,7 +193,8 @@ class Metrics:
             return
         self._report.write(ending)
         if self._board is not None:
-            self._board.close()
+            with contextlib.suppress(OSError):
+                self._board.close()
         if self._wandb is not None:
             self._wandb.finish()
 

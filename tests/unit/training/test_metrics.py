@@ -1,13 +1,16 @@
 """metrics.jsonl: means over targets, one line a logged step, continued after a resume."""
 
+import contextlib
 import json
 import logging
+import resource
 from pathlib import Path
 
 import pytest
 import torch
 
 from megacm3.config import Config
+from megacm3.evaluation.charts import read_lines
 from megacm3.parallel.engine import StepResult
 from megacm3.planning.counts import flops_per_token
 from megacm3.resolve import load_config
@@ -18,8 +21,11 @@ from megacm3.training.ranks import Figures, slow_rank
 SUMS = torch.tensor([100.0, 8.0, 4.0, 50.0, 60.0, 20.0, 36.0, 18.0], dtype=torch.float64)
 
 
+KEYS = ["model.preset=tiny_cm3leon", "train.steps=6", "log.every=2"]
+
+
 def _config() -> Config:
-    return load_config(None, ["model.preset=tiny_cm3leon", "train.steps=6", "log.every=2", "log.tensorboard=false"])
+    return load_config(None, [*KEYS, "log.tensorboard=false"])
 
 
 def _log(out: Path, first: int, last: int) -> None:
@@ -60,6 +66,24 @@ def test_resuming_drops_later_lines_and_a_torn_one(tmp_path: Path) -> None:
         file.write('{"step": 7, "lo')
     _log(tmp_path, 2, 6)
     assert _steps(tmp_path) == [1, 2, 4, 6]
+
+
+def test_a_full_disk_costs_lines_and_not_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    result, path = StepResult(SUMS, 1.0, 1.0), tmp_path / "metrics.jsonl"
+    limits, config = resource.getrlimit(resource.RLIMIT_FSIZE), load_config(None, [*KEYS, "log.tensorboard=true"])
+    with Metrics(config, tmp_path, 0, active=True) as metrics:
+        metrics.add(1, result, 0.1, "ab", {}, 10)
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 20, limits[1]))  # 20 bytes find room
+            with contextlib.suppress(OSError):
+                metrics._board.flush()
+            metrics.add(2, result, 0.1, "ab", {}, 20)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        metrics.add(4, result, 0.1, "ab", {}, 40)
+    assert f"{path} could not be written: File too large" in caplog.text
+    assert "TensorBoard's events cannot be written any more: File too large" in caplog.text
+    assert [line["step"] for line in read_lines(path)] == [1, 4]
 
 
 def test_loss_by_position_and_none_where_a_bucket_has_no_target() -> None:
