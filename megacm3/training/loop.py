@@ -2,7 +2,7 @@
 
 import time
 
-from megacm3.errors import Stopped
+from megacm3.errors import Diverged, Stopped
 from megacm3.training.guards import RollBack
 from megacm3.training.metrics import Metrics
 from megacm3.training.ranks import Ranks
@@ -24,6 +24,9 @@ def train(run: Run) -> None:
                 _steps(run, stop, metrics)
         except RollBack as wish:
             run.roll_back(wish)
+        except Diverged:
+            run.keep_what_is_saved()
+            raise
 
 
 def _steps(run: Run, stop: StopRequest, metrics: Metrics) -> None:
@@ -48,12 +51,12 @@ def _steps(run: Run, stop: StopRequest, metrics: Metrics) -> None:
             metrics.add(run.step, result, lr, batch.samples_sha256, batch.counts, run.tokens)
         if run.step % config.log.replicas_every == 0:
             run.check_replicas()
-        stopping = stop.agreed()
+        run.stopping = stop.agreed()
         phase("save", run.step)
         run.poll(metrics)
-        if stopping or run.save_is_due:
+        if run.stopping or run.save_is_due:
             run.save(metrics)
-        if stopping and run.step < run.last_step:
+        if run.stopping and run.step < run.last_step:
             run.finish(metrics)
             raise Stopped(f"stopped by a signal at step {run.step}, saved; run the same command to continue")
     run.finish(metrics)

@@ -84,6 +84,8 @@ class Run:
     """What is measured while training."""
     overrides: list[dict[str, Any]] = field(default_factory=list)
     """Config keys that were changed on the way: key, was, now, step."""
+    stopping: bool = False
+    """Whether it leaves after this step's save, which then must not fail."""
     init: dict[str, Any] | None = None
     """Where the weights of step 0 came from, when they were not drawn."""
     _sequence: int = 0
@@ -160,7 +162,7 @@ class Run:
         try:
             return act()
         except CheckpointError as error:
-            if self.config.checkpoint.on_failure == "stop" or self.step >= self.last_step:
+            if self.config.checkpoint.on_failure == "stop" or self.step >= self.last_step or self.stopping:
                 raise
             if self.is_main:
                 log.error("not saved: %s; training goes on (checkpoint.on_failure = continue)", error)
@@ -172,6 +174,14 @@ class Run:
         metrics.saved(self._stall, self.saver.total)
         if self.is_main:
             log.info("saved %s in %.1f s; the training waited %.1f s", path, self.saver.total, self._stall)
+
+    def keep_what_is_saved(self) -> None:
+        """Commit the save in the background before the run ends with an error of its own. Collective."""
+        try:
+            self.saver.finish()
+        except CheckpointError as error:
+            if self.is_main:
+                log.error("not saved: %s", error)
 
     def resume(self) -> None:
         """Continue from a valid checkpoint, as checkpoint.resume and .step say; else begin with checkpoint.init.

@@ -106,6 +106,18 @@ def test_12_policy_rollback_leaves_the_batch_out(config: Path, tmp_path: Path) -
     assert curve(tmp_path / "a") == curve(tmp_path / "b")
 
 
+def test_12_a_rollback_does_not_cure_what_stays(config: Path, tmp_path: Path) -> None:
+    keys = ["guards.nonfinite=rollback", "guards.limit=2", "train.steps=6"]
+    error = the_error(train_ranks(config, tmp_path, *keys, fault="output:rank=1:step=4:nan"), 5)
+    assert "3 of the last 100 steps were refused" in error
+
+
+def test_12_the_save_under_way_is_kept_when_the_run_diverges(config: Path, tmp_path: Path) -> None:
+    fault = "save.before_write:rank=1:step=2:sleep=3;output:rank=1:step=3:nan"
+    the_error(train_ranks(config, tmp_path, "guards.nonfinite=stop", fault=fault), 5)
+    assert [path.name for path in discover(tmp_path / "checkpoints")] == ["step_000002"]
+
+
 def test_14_a_spike_is_skipped_and_counted_over_a_restart(config: Path, tmp_path: Path) -> None:
     keys = ["guards.window=16", "guards.limit=2", "train.steps=20", "checkpoint.every=1", "optimizer.lr=1.0e-3"]
     fault = ";".join(f"loss:rank=1:step={step}:spike" for step in (10, 12, 14))

@@ -36,6 +36,14 @@ def test_15_a_signal_to_one_rank_in_a_step_saves_once_everywhere(config: Path, t
     assert steps(tmp_path) == ["step_000003"] and not leftovers(tmp_path / "checkpoints")
 
 
+@pytest.mark.parametrize("background", ["true", "false"])
+def test_15_a_stop_whose_save_fails_does_not_say_that_it_saved(background: str, config: Path, tmp_path: Path) -> None:
+    keys = ["checkpoint.every=2", "checkpoint.on_failure=continue", f"checkpoint.background={background}"]
+    fault = "gradient:rank=1:step=3:parameter=1:sigterm;save.writing:rank=1:step=3:full"
+    error = the_error(train_ranks(config, tmp_path, *keys, fault=fault), 4)
+    assert "No space left on device" in error and steps(tmp_path) == ["step_000002"]
+
+
 def test_15_a_signal_to_all_during_a_save_lets_it_end_first(config: Path, tmp_path: Path) -> None:
     slow = "save.writing:rank=1:step=2:sleep=0.2"
     fault = f"save.before_write:rank=0:step=2:sigterm;save.before_write:rank=1:step=2:sigterm;{slow}"
