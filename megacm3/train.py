@@ -15,7 +15,7 @@ from typing import Any
 
 from megacm3.command import run as run_command
 from megacm3.config import Config
-from megacm3.errors import ConfigError, Megacm3Error
+from megacm3.errors import ConfigError, Megacm3Error, PeerLost
 from megacm3.resolve import load_config
 
 
@@ -38,7 +38,10 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def environment(local_rank: int | None) -> int:
-    """Fill in what a launcher would set, for a run of one process; return the world size."""
+    """Fill in what a launcher would set, for a run of one process; return the world size.
+
+    Raises ConfigError where only a part of it is set.
+    """
     if local_rank is not None:
         os.environ.setdefault("LOCAL_RANK", str(local_rank))
     if "WORLD_SIZE" not in os.environ:
@@ -46,6 +49,12 @@ def environment(local_rank: int | None) -> int:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise ConfigError(
+            f"WORLD_SIZE = {os.environ['WORLD_SIZE']} is set, but {', '.join(missing)} is not; start the trainer with "
+            "deepspeed or torchrun, or unset WORLD_SIZE for a run of one process"
+        )
     return int(os.environ["WORLD_SIZE"])
 
 
@@ -114,30 +123,48 @@ def _one_voice() -> Iterator[None]:
         sys.stderr = spoken
 
 
-def _train(config: Config, device: Any) -> int:
+def _meet(config: Config, device: Any) -> tuple[Any, Any]:
+    """Context and watchdog, once all ranks are there. Collective.
+
+    Raises ConfigError where they cannot meet at that place, PeerLost where some did not come.
+    """
     import deepspeed
     import torch
 
     from megacm3.parallel.context import build_context
+    from megacm3.training.watchdog import Watchdog, is_peers_fault
+
+    where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    try:
+        deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo")
+        context = build_context(config, device)
+        return context, Watchdog(config, context)
+    except RuntimeError as fault:
+        if not is_peers_fault(fault):
+            raise
+        why = str(fault).splitlines()[0]
+        if isinstance(fault, torch.distributed.DistNetworkError) and "timed out" not in why:
+            raise ConfigError(
+                f"the ranks cannot meet at {where}: {why}; give the launcher another --master_port"
+            ) from fault
+        ranks = f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']}"
+        raise PeerLost(f"{ranks} did not meet all others at {where} (rank 0's machine): {why}") from fault
+
+
+def _train(config: Config, device: Any) -> int:
+    import deepspeed
+    import torch
+
     from megacm3.training.agreement import check_ranks_agree
     from megacm3.training.loop import train
     from megacm3.training.run import build_run, claim_folder
-    from megacm3.training.watchdog import Watchdog
 
     deepspeed.utils.logger.setLevel(logging.WARNING)
     log = logging.getLogger(__name__)
-    try:
-        deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo")
-    except torch.distributed.DistNetworkError as fault:
-        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        why = str(fault).splitlines()[0]
-        raise ConfigError(
-            f"the ranks cannot meet at {where}: {why}; give the launcher another --master_port"
-        ) from fault
-    context = build_context(config, device)
+    context, watchdog = _meet(config, device)
     if context.rank == 0:
         log.info("%s", context)
-    watchdog, lock = Watchdog(config, context), None
+    lock = None
     try:
         check_ranks_agree(config, context)
         lock = claim_folder(Path(config.train.out)) if context.rank == 0 else None

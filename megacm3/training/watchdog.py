@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 import torch.distributed as dist
 
 from megacm3.config import Config
-from megacm3.errors import Megacm3Error, PeerLost
+from megacm3.errors import DataError, Megacm3Error, PeerLost
 from megacm3.parallel.context import ParallelContext
 from megacm3.training.hub import Hub, Verdict
 
@@ -34,6 +34,8 @@ PHASES = ("start", "data", "forward", "backward", "optimizer", "evaluate", "save
 PATIENCE = 15.0
 """Seconds that a rank with an error waits for the verdict, rank 0 for the others to hear it, and a rank that has heard
 it for its main thread."""
+STACKS = 5.0
+"""Seconds that writing them may take."""
 _COLLECTIVE = ("Connection closed by peer", "Connection reset by peer", "gloo", "NCCL", "Broken pipe", "Timed out")
 
 
@@ -141,12 +143,23 @@ class Watchdog:
         return True
 
     def _write_stacks(self) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True)
-        with open(self._folder / f"rank_{self._rank:05d}.txt", "w", encoding="utf-8") as file:
-            step, phase, _ = self._stands
-            file.write(f"rank {self._rank}, process {os.getpid()}, {phase} of step {step}\n")
-            file.flush()
-            faulthandler.dump_traceback(file, all_threads=True)
+        """In a thread of its own: the file system may be what stalls, and leaving must not wait for it."""
+        writer = threading.Thread(target=self._stacks_to_file, name="stacks", daemon=True)
+        writer.start()
+        writer.join(STACKS)
+
+    def _stacks_to_file(self) -> None:
+        step, phase, _ = self._stands
+        place = f"rank {self._rank}, process {os.getpid()}, {phase} of step {step}"
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with open(self._folder / f"rank_{self._rank:05d}.txt", "w", encoding="utf-8") as file:
+                file.write(f"{place}\n")
+                file.flush()
+                faulthandler.dump_traceback(file, all_threads=True)
+        except OSError as fault:
+            log.warning("%s: no stacks in %s: %s; here they are", place, self._folder, fault.strerror)
+            faulthandler.dump_traceback(sys.stderr, all_threads=True)
 
     def _exit(self, code: int) -> NoReturn:
         """Out at once: the main thread may stand in a collective that never ends."""
@@ -162,6 +175,8 @@ class Watchdog:
         """What this rank must end with because of an error: the job's first, silent where another rank prints it."""
         known = isinstance(error, Megacm3Error)
         code, text = (error.exit_code, str(error)) if isinstance(error, Megacm3Error) else (1, repr(error))
+        if isinstance(error, OSError) and error.filename:  # as `command.run` tells it
+            code, text = DataError.exit_code, f"{error.filename}: {error.strerror}"
         self._leaving.set()
         step, phase, _ = self._stands
         where = {"step": step, "phase": phase}
@@ -175,7 +190,7 @@ class Watchdog:
             assert isinstance(end, Megacm3Error)
             end.silent = verdict.speaker != self._rank
         self._hang_up()
-        code = end.exit_code if isinstance(end, Megacm3Error) else 1
+        code = end.exit_code if isinstance(end, Megacm3Error) else code
         # Whatever still holds the process (a collective's thread, for example) must not keep it.
         last = threading.Timer(PATIENCE, os._exit, (code,))
         last.daemon = True

@@ -91,3 +91,43 @@ def test_24_a_port_in_use_is_one_line(config: Path, tmp_path: Path) -> None:
     assert found.returncode == 2 and "Traceback" not in found.stderr, found.stderr
     (error,) = [line for line in found.stderr.splitlines() if line.startswith("error: ")]
     assert "cannot meet at 127.0.0.1" in error and "master_port" in error
+
+
+def test_06_a_folder_in_a_files_place_is_one_line_and_one_code(config: Path, tmp_path: Path) -> None:
+    (tmp_path / "run/metrics.jsonl").mkdir(parents=True)
+    error = the_error(train_ranks(config, tmp_path / "run"), 3)
+    assert error == f"{tmp_path}/run/metrics.jsonl: Is a directory"
+
+
+IMPATIENT = """
+import datetime, functools, sys
+import deepspeed
+from megacm3.command import run
+from megacm3.train import main
+deepspeed.init_distributed = functools.partial(deepspeed.init_distributed, timeout=datetime.timedelta(seconds=2))
+run(main)
+"""
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_16_a_machine_that_does_not_come_is_a_lost_rank(rank: int, config: Path, tmp_path: Path) -> None:
+    """As when it is replaced: the restart loops of the recipes go on after this code, and not after others."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    where = {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    environment = os.environ | where | {"MASTER_PORT": str(port), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-W", "ignore", "-c", IMPATIENT, str(config), f"train.out={tmp_path}/run"]
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert found.returncode == 6 and "Traceback" not in found.stderr, found.stderr
+    (error,) = [line for line in found.stderr.splitlines() if line.startswith("error: ")]
+    assert f"rank {rank} of 2 did not meet all others at 127.0.0.1:{port}" in error
+
+
+def test_24_half_an_environment_of_a_launcher_is_one_line(config: Path, tmp_path: Path) -> None:
+    environment = {name: text for name, text in os.environ.items() if name not in ("RANK", "LOCAL_RANK")}
+    environment |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "megacm3.train", str(config), f"train.out={tmp_path}/run"]
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert found.returncode == 2 and "Traceback" not in found.stderr, found.stderr
+    assert "error: WORLD_SIZE = 2 is set, but RANK, LOCAL_RANK is not" in found.stderr

@@ -1,5 +1,6 @@
 """Faults 16 and 17: a rank dies, stalls or fails. Everyone leaves, in time, with one code and one error line."""
 
+import os
 import time
 from pathlib import Path
 
@@ -49,6 +50,22 @@ def test_16_a_stalled_rank_ends_the_job_with_stacks(fault: str, where: str, conf
     stacks = [(tmp_path / f"stacks/rank_0000{rank}.txt").read_text() for rank in (0, 1)]
     assert where in stacks[stalled] and "faults.py" in stacks[stalled]
     assert "distributed_c10d" in stacks[1 - stalled]
+
+
+@pytest.mark.parametrize("how", ["refuses", "hangs"])
+def test_16_a_stall_ends_the_job_where_no_stacks_can_be_written(how: str, config: Path, tmp_path: Path) -> None:
+    """The file system may be what stalls."""
+    folder = tmp_path / "stacks"
+    if how == "refuses":
+        folder.write_text("a file in the folder's place")
+    else:
+        folder.mkdir()
+        os.mkfifo(folder / "rank_00000.txt")  # nobody reads: opening it never returns
+    fault = "output:rank=1:step=3:module=1:sleep=1000"
+    said = train_ranks(config, tmp_path, "watchdog.timeout=5", fault=fault, timeout=90)
+    assert "is in forward of step 3" in the_error(said, 6)
+    if how == "refuses":
+        assert "no stacks in" in said[1].log and "faults.py" in said[1].log
 
 
 @pytest.mark.parametrize("rank", [0, 1])
