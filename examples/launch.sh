@@ -5,11 +5,14 @@
 # So it gets a session of its own, and a signal to this script goes once, at the same time, to every rank; the ranks
 # save together and leave with exit code 75. On the CPU the ranks share the cores, unless OMP_NUM_THREADS says otherwise.
 
-_stop_ranks() { # The launcher's child starts the ranks: SIGTERM to each grandchild.
-  python -c 'import psutil, sys
-for child in psutil.Process(int(sys.argv[1])).children():
-    for rank in child.children():
-        rank.terminate()' "$1"
+_stop_ranks() { # The launcher's child starts the ranks: SIGTERM to each grandchild, as soon as there are any.
+  python -c 'import psutil, sys, time
+job, ranks = psutil.Process(int(sys.argv[1])), []
+while not ranks and job.status() != psutil.STATUS_ZOMBIE:
+    time.sleep(0.1)
+    ranks = [rank for child in job.children() for rank in child.children()]
+for rank in ranks:
+    rank.terminate()' "$1" 2>/dev/null
 }
 
 launch_command() { # RANKS CONFIG [key=value ...]: the words of the launch, in launch_words
@@ -32,12 +35,12 @@ launch() {
     setsid "${launch_words[@]}" &
   launch_job=$!
   trap 'launch_stopped=1; _stop_ranks "$launch_job" || true' TERM INT
-  # `wait` ends early when a signal comes in: wait until the job is really over.
+  # `wait` ends early when a signal comes in, with the signal's code: wait until the job is really over, then ask for its.
   while true; do
-    code=0
-    wait "$launch_job" || code=$?
+    wait "$launch_job" || true
     kill -0 "$launch_job" 2>/dev/null || break
   done
+  wait "$launch_job" || code=$?
   trap - TERM INT
   return "$code"
 }

@@ -101,6 +101,38 @@ def test_one_machine_a_signal_and_the_same_command_again(config: Path, tmp_path:
     assert last_step(out) == reached + 2
 
 
+@pytest.mark.long
+def test_one_machine_a_signal_before_there_are_ranks_is_not_lost(config: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    command = ["bash", str(ROOT / "examples" / "pretrain.sh"), str(config), f"train.out={out}", "train.steps=100000"]
+    with subprocess.Popen(
+        command, env=environment(RANKS="2"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        try:
+            while not [p for p in psutil.Process(process.pid).children() if "--module" in p.cmdline()]:
+                time.sleep(0.01)
+            process.send_signal(signal.SIGTERM)
+            process.communicate(timeout=120)
+        finally:
+            for child in psutil.Process(process.pid).children(recursive=True) if process.poll() is None else ():
+                child.kill()
+    assert process.returncode != 0 and not (out / "metrics.jsonl").exists()
+
+
+def test_a_signal_while_the_job_ends_does_not_hide_its_exit_code(tmp_path: Path) -> None:
+    """The signal's handler is still running when the ranks have saved and left."""
+    script = f"""
+source {ROOT}/examples/launch.sh
+_stop_ranks() {{ sleep 1; }}
+launch_command() {{ launch_words=(bash -c 'sleep 0.6; exit 75'); }}
+(sleep 0.3; kill -TERM $$) &
+launch 1
+echo "code $? stopped $launch_stopped"
+"""
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=60, env=environment())
+    assert done.stdout == "code 75 stopped 1\n", done
+
+
 def ranks_of(script: int) -> list[psutil.Process]:
     """The trainer's ranks below a script; their loader processes, which have the same words, are left out."""
     below = psutil.Process(script).children(recursive=True)
