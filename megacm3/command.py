@@ -1,5 +1,6 @@
 """What every command line shares: error lines, exit codes, progress, and keyed random seeds. Imports nothing heavy."""
 
+import errno
 import hashlib
 import logging
 import os
@@ -19,6 +20,10 @@ _NOISE = (
     ".*CUDA_DEVICE_MAX_CONNECTIONS to 1",
     r"`torch\.distributed\.\w+` is deprecated",
 )
+
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Faults of a write that mean a full disk, an exhausted quota, a limit."""
 
 
 def run(main: Callable[[list[str] | None], int | None]) -> NoReturn:
@@ -46,10 +51,11 @@ def run(main: Callable[[list[str] | None], int | None]) -> NoReturn:
         sys.stderr.close()
         code = 0
     except OSError as error:
-        if not error.filename:
+        # A write that finds the disk full names no file.
+        if not error.filename and error.errno not in NO_ROOM:
             raise
         logging.getLogger(__name__).debug("in full:", exc_info=error)
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        print(f"error: {error.filename or 'writing the output'}: {error.strerror}", file=sys.stderr)
         code = DataError.exit_code
     sys.exit(code)
 

@@ -9,7 +9,6 @@ batches lie ready for the encoder, which waits only when those threads together 
 """
 
 import contextlib
-import errno
 import hashlib
 import itertools
 import os
@@ -24,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from megacm3.command import NO_ROOM
 from megacm3.data.documents import ANSWER, IMAGE, TEXT
 from megacm3.data.images import ImageLimits, Reject, open_image, perceptual_hash, prepare_image
 from megacm3.data.parts import PartWriter, read_part
@@ -138,7 +138,7 @@ class UnitRunner:
             counts = self._write(shard, PartWriter(temporary, self.shape))
             _commit(temporary, final)
         except OSError as fault:
-            if fault.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            if fault.errno in NO_ROOM:
                 raise DataError(f"no room left to write {final.parent}: {fault.strerror}") from fault
             raise
         finally:

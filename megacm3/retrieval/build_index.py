@@ -97,4 +97,4 @@ def _train(folder: Path, index: Any, embeddings: Embeddings, options: BankOption
         reason = str(fault).splitlines()[-1][-200:]
         raise ConfigError(f"--index cannot be trained on {wanted} vectors: {reason}") from fault
     with new_file(folder / "index" / "trained.faiss") as temporary:
-        indexes.load_faiss().write_index(index, str(temporary))
+        shards.write_index(index, temporary)

@@ -193,7 +193,15 @@ def write_shard(path: Path, trained: Any, blocks: Iterable[tuple[np.ndarray, np.
             index.add_core(len(ids), *arrays)
     if not index.ntotal:
         raise DataError(f"{path} would be an empty shard")
-    faiss.write_index(index, str(path))
+    write_index(index, path)
+
+
+def write_index(index: Any, path: Path) -> None:
+    """Write a faiss index. Raises DataError when there is no room, or no such folder."""
+    try:
+        load_faiss().write_index(index, str(path))
+    except RuntimeError as fault:
+        raise DataError(f"{path} cannot be written: {str(fault).splitlines()[-1][-200:]}") from fault
 
 
 def _ahead(work: Iterator[Future[Any]], count: int) -> Iterator[Any]:
@@ -225,4 +233,4 @@ def merge_shards(trained: Path, shards: list[Path], target: Path) -> None:
     # The name alone, so that the files are the same wherever they are made.
     lists = faiss.downcast_InvertedLists(inverted_lists(index).invlists)
     lists.filename = data.name
-    faiss.write_index(index, str(target))
+    write_index(index, target)

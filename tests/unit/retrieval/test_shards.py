@@ -169,6 +169,11 @@ def test_nothing_can_be_added_to_an_opened_index(tmp_path, vectors):
     assert not any(hasattr(index, name) for name in ("add", "add_with_ids", "remove_ids", "train"))
 
 
+def test_a_full_disk_is_one_line(vectors):
+    with pytest.raises(DataError, match="/dev/full cannot be written"):
+        write_shard(Path("/dev/full"), new_index("Flat", DIM), [(IDS[: len(vectors)], vectors)])
+
+
 def test_empty_shards_and_vectors_that_are_no_numbers_are_refused(tmp_path, vectors):
     index = new_index("Flat", DIM)
     with pytest.raises(DataError, match="empty shard"):
