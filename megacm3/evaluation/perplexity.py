@@ -1,4 +1,7 @@
-"""Loss per text and image token over a store, in the plain order `</s> T <break> I </s>`, nothing rearranged."""
+"""Loss per text and image token over a store, in the plain order `</s> T <break> I </s>`, nothing rearranged.
+
+Answers of fine-tuning stand behind `<end-of-turn>` where the model was trained so.
+"""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -49,7 +52,7 @@ def perplexity(generator: "Generator", documents: Iterable[Document]) -> dict[st
     by_position: mean loss in each eighth of the context, None where no token stands. A document longer than the context
     is cut there, and counted. By number of retrieved documents: `retrieval_gain`.
     """
-    layout = Layout(generator.vocabulary)
+    layout = Layout(generator.vocabulary, generator.turns)
     kind = torch.from_numpy(generator.vocabulary.kind)
     sums = {name: torch.zeros(PARTS, dtype=torch.float64) for name in (TEXT, IMAGE)}
     counts = {name: torch.zeros(PARTS, dtype=torch.float64) for name in (TEXT, IMAGE)}

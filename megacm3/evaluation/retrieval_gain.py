@@ -113,7 +113,7 @@ Samples = list[dict[tuple[str, int], np.ndarray]]
 
 def _samples(held_out: HeldOut, generator: "Generator", context: int, limit: int | None) -> tuple[Samples, int]:
     # Only documents for which every condition can be made and fits: the same ones under each.
-    layout, samples, left_out = Layout(generator.vocabulary), [], 0
+    layout, samples, left_out = Layout(generator.vocabulary, generator.turns), [], 0
     count = len(held_out.store) if limit is None else min(limit, len(held_out.store))
     wanted = 1 + len(WAYS) * MOST
     for doc_id in range(count):

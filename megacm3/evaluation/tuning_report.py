@@ -59,7 +59,7 @@ def compare_models(
     after = Generator.load(tuned, device)
     check_store(after, held_out)
     # As the tuned model was trained: the base sees the same prompts.
-    layout = Layout(after.vocabulary, after.answers or after.vocabulary.family == "chameleon")
+    layout = Layout(after.vocabulary, after.turns)
     questions = choose_questions(held_out, layout, count, alike, seed)
     before = Generator.load(base, device)
     if before.vocabulary.fingerprint != after.vocabulary.fingerprint:

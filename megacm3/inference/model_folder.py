@@ -65,6 +65,11 @@ class ModelFolder:
         return self._image_size or self.image_tokenizer.image_size
 
     @property
+    def turns(self) -> bool:
+        """Whether its samples have `<end-of-turn>` where prompt and answer meet, as training had it (data/build.py)."""
+        return self.answers or self.vocabulary.family == "chameleon"
+
+    @property
     def framing(self) -> str:
         """How training made a prompt's picture square: "crop", or "pad" for chameleon (data/images.py)."""
         return "pad" if self.vocabulary.family == "chameleon" else "crop"

@@ -10,7 +10,7 @@ from megacm3.data.documents import IMAGE, TEXT, Document, Layout, Segment
 from megacm3.data.store import Store
 from megacm3.errors import DataError
 from megacm3.evaluation import perplexity as module
-from megacm3.evaluation.perplexity import check_store, perplexity
+from megacm3.evaluation.perplexity import check_store, perplexity, token_losses
 from megacm3.files import read_manifest
 from tests.helpers.stores import make_store
 
@@ -54,6 +54,17 @@ def test_loss_equals_transformers(hf_folder, generator, monkeypatch):
         assert sum(value is not None for value in wanted) > 1
     bits = np.mean(losses[1]) / math.log(2) * 16 / 32**2
     assert found["image"]["bits_per_pixel"] == pytest.approx(bits, abs=1e-5)
+
+
+def test_answers_of_fine_tuning_stand_behind_their_turn(generator, monkeypatch):
+    """A model tuned on answers has read `<end-of-turn>` before each of them."""
+    caption, picture = documents(1)[0].segments
+    tuned = [Document(0, (picture, Segment(TEXT, caption.tokens, answer=True)))]
+    losses, targets = token_losses(generator, [Layout(generator.vocabulary, turns=True).assemble(tuned)[0]])
+    wanted = float(losses[torch.from_numpy(generator.vocabulary.is_text(targets.numpy()))].mean())
+    assert perplexity(generator, tuned)["text"]["loss"] != pytest.approx(wanted, abs=1e-3)
+    monkeypatch.setattr(generator, "answers", True)
+    assert perplexity(generator, tuned)["text"]["loss"] == pytest.approx(wanted, abs=1e-5)
 
 
 def test_documents_longer_than_the_context_are_cut_and_counted(generator):
