@@ -5,6 +5,7 @@ What is finished lies in `STORE.work`; the store appears under its own name when
 killed and started again: finished units are kept, and the store is the same to the byte.
 """
 
+import glob
 import logging
 import os
 import shutil
@@ -245,7 +246,10 @@ def _prepare_work(work: Path, plan: dict[str, Any], options: PretokenizeOptions)
         shutil.rmtree(work / name, ignore_errors=True)
         (work / name).mkdir(parents=True)
     write_json(work / "plan.json", plan)
-    for leftover in (work / "units").glob(".*") if (work / "units").is_dir() else ():
+    # Of units, and of a store that was being put together: `new_folder` names it after the process, which was killed.
+    output = Path(options.output)
+    unfinished = output.parent.glob(f".{glob.escape(output.name)}.*.tmp")
+    for leftover in (*(work / "units").glob(".*"), *unfinished):
         shutil.rmtree(leftover, ignore_errors=True)
     # datatrove marks a task as complete when it did not raise; what counts here is the part that it left.
     for mark in (work / "log" / "completions").glob("*"):

@@ -7,6 +7,7 @@ never by the order of two lists. A shard that is damaged as a whole raises DataE
 
 import hashlib
 import json
+import logging
 import os
 import re
 import unicodedata
@@ -21,6 +22,8 @@ from megacm3.files import sha256_json
 
 if TYPE_CHECKING:
     from megacm3.sft.read import SftOptions
+
+logger = logging.getLogger(__name__)
 
 CAPTION_FIELDS = ("caption", "text", "TEXT", "alt")
 """Names of a caption, in the order in which they are looked for."""
@@ -248,6 +251,10 @@ def _files_below(folder: str) -> list[str]:
     for kind in ("webdataset", "parquet", "tfrecord", "warc", "jsonl", "lines"):
         chosen = [name for name in names if _kind(name) == kind]
         if chosen:
+            if len(chosen) < len(names):
+                other = next(name for name in names if name not in chosen)
+                left = f"{len(names) - len(chosen)} files of other kinds, such as {other}, are left out"
+                logger.info("%s: %d files of kind %s are read; %s", folder, len(chosen), kind, left)
             return [os.path.join(folder, name) for name in chosen]
     return []
 

@@ -191,8 +191,9 @@ def test_leftovers_and_false_marks_are_not_trusted(tokenizers, shards, reference
     (work / "units" / "00001").mkdir(parents=True)
     (work / "units" / "00001" / "tokens.bin").write_bytes(b"half")
     (work / "units" / ".00002.abc").mkdir()
+    (tmp_path / ".store.4321.tmp" / "tokens").mkdir(parents=True)
     pretokenize(options(tokenizers, shards, output))
-    assert same(reference, output) and not work.exists()
+    assert same(reference, output) and not work.exists() and not (tmp_path / ".store.4321.tmp").exists()
 
 
 def faulty(tmp_path):

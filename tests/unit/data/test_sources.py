@@ -434,6 +434,14 @@ def test_globs_braces_folders_and_order(tmp_path):
     assert [shard.name for shard in find_shards(reverse)] == names
 
 
+def test_what_a_folder_leaves_out_is_said(tmp_path, caplog):
+    write_tar(tmp_path / "a.tar", pairs(0, 1))
+    (tmp_path / "a.parquet").write_bytes(b"")
+    with caplog.at_level("INFO"):
+        assert [shard.name for shard in find_shards(str(tmp_path))] == ["a.tar"]
+    assert "1 files of other kinds, such as a.parquet, are left out" in caplog.text
+
+
 def test_nothing_found(tmp_path):
     for given in (f"{tmp_path}/none/*.tar", f"{tmp_path}/none", [], str(tmp_path), f"{tmp_path}/s-{{0..1}}.tar", "x{"):
         with pytest.raises(DataError, match="--input"):
