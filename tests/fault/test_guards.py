@@ -94,7 +94,9 @@ def test_12_policy_stop_names_the_way_on(config: Path, tmp_path: Path) -> None:
     said = train_ranks(config, tmp_path, "guards.nonfinite=stop", fault="output:rank=1:step=3:module=3:nan")
     error = the_error(said, 5)
     assert "guards.skip_sequences=[[16,24]]" in error and "on rank 1" in error, error
-    finished(train_ranks(config, tmp_path, "guards.skip_sequences=[[16,24]]", "train.steps=4"))
+    said = train_ranks(config, tmp_path, "guards.skip_sequences=[[16,24]]", "train.stop_at=4")
+    finished(said)
+    assert "resumed " in said[0].log and steps(tmp_path) == [1, 2, 3, 4]
 
 
 def test_12_policy_rollback_leaves_the_batch_out(config: Path, tmp_path: Path) -> None:
