@@ -87,5 +87,5 @@ Everything is in $output:
   samples.png   the pictures alone
   answers.json  the figures and every answer
   hf/           the tuned model; for example
-                python tools/generate.py --model $output/hf --image in.png --prompt "Question: What is the skin tone? Answer:"
+                python tools/generate.py --model $output/hf --image in.png --prompt "Question: What is the skin tone? Answer:" --after .
 END

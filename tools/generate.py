@@ -20,6 +20,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", required=True, metavar="HF_DIR", help="folder made by convert_checkpoint.py to-hf")
     add("--prompt", action="append", default=[], help="text; may be given several times")
     add("--image", metavar="FILE", help="picture to describe, or to edit where --output is given")
+    add("--after", default="", metavar="TEXT", help="cm3leon: what stood behind answers in tuning, such as a full stop")
     add("--output", metavar="PNG", help="where to write the picture, or a sheet of several")
     add("-n", type=int, default=1, metavar="N", help="samples a prompt (default %(default)s)")
     add("--seed", type=int, default=0, help="equal seeds give equal samples (default %(default)s)")
@@ -80,7 +81,7 @@ def _texts(generator, given: argparse.Namespace) -> None:
     from megacm3.evaluation.pictures import load_picture
 
     pixels = load_picture(given.image, generator.image_size, generator.framing)[None]
-    options = _given(given, "temperature", "top_p", "top_k", "max_tokens", "repetition_penalty", "seed")
+    options = _given(given, "temperature", "top_p", "top_k", "max_tokens", "repetition_penalty", "seed", "after")
     for prompt in given.prompt or [""]:
         print(generator.caption(pixels, prompt=prompt, **options)[0])
 

@@ -82,6 +82,10 @@ def test_a_picture_is_framed_as_in_training(place, capfd):
     (wanted,) = generator.caption(pixels[None], temperature=1.0, seed=1, max_tokens=12)
     words = ("--image", place / "in.png", "--temperature", 1, "--seed", 1, "--max-tokens", 12)
     assert generate(place, *words) == (0, "") and wanted and wanted in capfd.readouterr().out
+    asked = {"prompt": "What? Answer:", "after": "."}
+    (wanted,) = generator.caption(pixels[None], temperature=1.0, seed=1, max_tokens=12, **asked)
+    assert generate(place, *words, "--prompt", asked["prompt"], "--after", ".") == (0, "")
+    assert wanted and wanted in capfd.readouterr().out
 
 
 @pytest.mark.parametrize(
