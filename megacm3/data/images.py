@@ -18,6 +18,9 @@ FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 _ORIENTATION = 0x0112
 """EXIF's tag; 1 is upright."""
 
+_ROWS = 64
+"""Rows of a picture of 16 bits that are converted at once."""
+
 Picture: TypeAlias = Image.Image
 
 # `ImageLimits.max_pixels` rejects earlier than PIL warns, and by name.
@@ -113,10 +116,14 @@ def _to_rgb(image: Picture) -> Picture:
 
 def _from_16_bit(image: Picture) -> Picture:
     # PIL's own conversion of I;16 and I clips at 255, which turns nearly everything white.
-    values = np.asarray(image).astype(np.int64)
+    values = np.asarray(image)
     if values.size and (values.min() < 0 or values.max() > 65535):
         raise Reject("unsupported_mode", f"{image.mode} with values {values.min()}..{values.max()}, beyond 16 bit")
-    return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
+    grey = np.empty(values.shape, np.uint8)
+    for row in range(0, len(values), _ROWS):
+        # Some rows at once: whole pictures of wide numbers would take a gigabyte and more.
+        grey[row : row + _ROWS] = (values[row : row + _ROWS].astype(np.int64) + 128) // 257
+    return Image.fromarray(grey).convert("RGB")
 
 
 def prepare_image(image: Picture, size: int, mode: str = "crop") -> np.ndarray:

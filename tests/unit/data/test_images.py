@@ -2,6 +2,7 @@
 
 import io
 import struct
+import tracemalloc
 import zlib
 
 import numpy as np
@@ -108,6 +109,16 @@ def test_16_bit_grey_keeps_its_range():
     pixels = np.asarray(open_image(encoded(Image.fromarray(values), "PNG")))
     assert np.abs(pixels[..., 0].astype(int) - (values / 257).round().astype(int)).max() <= 1
     assert pixels[0, 0, 0] == 0 and pixels[-1, -1, 0] == 255
+
+
+def test_16_bits_take_little_memory():
+    data = encoded(Image.fromarray(np.full((2000, 2000), 257 * 200, np.uint16)), "PNG")
+    tracemalloc.start()
+    picture = open_image(data)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert picture.getpixel((1999, 1999)) == (200, 200, 200)
+    assert peak < 10 * 2000 * 2000
 
 
 def test_32_bit_and_floating_point():
