@@ -23,11 +23,12 @@ ROOT = Path(__file__).resolve().parents[3]
 
 @dataclass(frozen=True)
 class Squares:
-    """Unit N writes N squared; one of them may fail or sleep."""
+    """Unit N writes N squared; one of them may fail, sleep or be killed."""
 
     count: int = 4
     broken: int = -1
     sleepy: int = -1
+    killed: int = -1
     stage: str = "squares"
 
     def make(self, folder: Path, number: int) -> list[Path]:
@@ -36,6 +37,8 @@ class Squares:
             temporary.write_text(str(number))
             if number == self.broken:
                 raise DataError(f"unit {number} is broken")
+            if number == self.killed:
+                os.kill(os.getpid(), signal.SIGKILL)
             if number == self.sleepy:
                 time.sleep(60)
             temporary.write_text(str(number**2))
@@ -197,6 +200,16 @@ def test_several_workers_give_the_same_bytes_and_pass_errors_on(tmp_path):
     (made.folder / "squares" / ".2.txt.1.tmp").write_text("2")  # by a worker that was killed
     made.commit({"count": 4})
     assert same_bytes(tmp_path / "one" / "out", tmp_path / "broken" / "out")
+
+
+def test_a_killed_worker_is_an_error_not_a_wait(tmp_path):
+    made = job(tmp_path)
+    made.prepare()
+    with pytest.raises(DataError, match="a worker was killed"):
+        run_units(Squares(killed=1), made.work, 2)
+    finish(made, Squares(), 2)
+    finish(job(tmp_path / "one"), Squares(), 1)
+    assert same_bytes(tmp_path / "out", tmp_path / "one" / "out")
 
 
 SBATCH = """#!/bin/bash
