@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megacm3 import __version__
-from megacm3.errors import DataError, Megacm3Error
+from megacm3.errors import ConfigError, DataError, Megacm3Error
 
 MANIFEST = "manifest.json"
 
@@ -48,6 +48,21 @@ def fsync_tree(folder: Path) -> None:
         for name in names:
             _fsync(Path(root) / name)
         _fsync(Path(root))
+
+
+def check_output(path: str | Path, flag: str = "--output", *, file: bool = False) -> None:
+    """Raises ConfigError where no folder (or `file`) can be made at `path`: to be called before the work for it."""
+    if not str(path):
+        raise ConfigError(f"{flag} is empty; expected a path")
+    if file and Path(path).is_dir():
+        raise ConfigError(f"{flag} {path} is a folder; expected the name of a file")
+    place = Path(path).absolute().parent
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir():
+        raise ConfigError(f"{flag} {path}: {place} is a file; expected a folder there")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise ConfigError(f"{flag} {path}: no right to write in {place}; give another {flag}")
 
 
 @contextmanager

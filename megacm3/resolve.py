@@ -68,7 +68,7 @@ def merge(schema: type, layers: list[tuple[str, dict[str, Any]]]) -> Any:
         for key, value in flat.items():
             try:
                 OmegaConf.update(tree, key, value, force_add=False)
-            except (OmegaConfBaseException, IndexError) as fault:
+            except (OmegaConfBaseException, IndexError, ValueError) as fault:
                 raise ConfigError(f"{source}: {key} = {value!r}: {str(fault).splitlines()[0]}") from fault
     try:
         return OmegaConf.to_object(tree)
@@ -82,8 +82,10 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
     try:
         tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (FileNotFoundError, IsADirectoryError) as fault:
+    except FileNotFoundError as fault:
         raise ConfigError(f"config {path} does not exist") from fault
+    except OSError as fault:
+        raise ConfigError(f"config {path} cannot be read: {fault.strerror}; expected a YAML file") from fault
     except (yaml.YAMLError, UnicodeDecodeError) as fault:
         raise ConfigError(f"config {path} is not YAML: {str(fault).splitlines()[0]}") from fault
     if not isinstance(tree, dict):
@@ -124,6 +126,8 @@ def load_config(path: str | Path | None, overrides: list[str] | None = None) -> 
     given = read_yaml(path) if path else {}
     flat = parse_overrides(overrides or [])
     name = flat.get("model.preset", (given.get("model") or {}).get("preset", ""))
+    if name and not isinstance(name, str):
+        raise ConfigError(f"model.preset = {name}; expected the name of one in megacm3/presets.py")
     layers = [(f"preset {name}", preset(name))] if name else []
     layers += [(str(path), given), ("command line", flat)]
     config = merge(Config, _one_length(layers))

@@ -1,10 +1,19 @@
 """Rules that a config must keep whatever the world size."""
 
 import difflib
+import math
 from typing import Any
 
 from megacm3.config import CHOICES, MATRICES, Config
 from megacm3.errors import ConfigError
+
+NOT_NEGATIVE = (
+    *("model.vocab_rows", "model.init_std", "model.init_positions_std", "optimizer.lr", "optimizer.eps"),
+    *("optimizer.weight_decay", "optimizer.clip", "optimizer.schedule.warmup", "objective.spans", "objective.z_loss"),
+    *("train.steps", "train.tokens", "train.stop_at", "checkpoint.every", "checkpoint.keep", "checkpoint.step"),
+    *("data.window", "data.workers", "data.upsample", "data.downsample", "lora.alpha"),
+    *("guards.spike", "guards.output_norm", "guards.limit", "watchdog.warn", "watchdog.timeout"),
+)
 
 
 def _get(config: Config, key: str) -> Any:
@@ -21,6 +30,10 @@ def check(config: Config) -> None:
             near = difflib.get_close_matches(str(_get(config, key)), choices, n=1)
             hint = f"; did you mean '{near[0]}'?" if near else ""
             raise ConfigError(f"{key} = '{_get(config, key)}'; expected one of {', '.join(choices)}{hint}")
+    for key in NOT_NEGATIVE:
+        # Written so that a NaN is refused too.
+        if not 0 <= _get(config, key) < math.inf:
+            raise ConfigError(f"{key} = {_get(config, key)}; expected a finite number of 0 or more")
     _check_model(config)
     _check_rest(config)
     _check_trained(config)
@@ -38,9 +51,13 @@ def _divides(key: str, value: int, by_key: str, by: int) -> None:
 
 def _check_model(config: Config) -> None:
     model, parallel = config.model, config.parallel
-    for name in ("layers", "hidden_size", "heads", "kv_heads", "ffn_size", "vocab_size", "sequence_length"):
+    sizes = ("layers", "hidden_size", "heads", "kv_heads", "ffn_size", "vocab_size", "sequence_length")
+    for name in (*sizes, "qk_norm_groups"):
         if getattr(model, name) < 1:
             raise ConfigError(f"model.{name} = {getattr(model, name)}; expected at least 1")
+    for name in ("norm_eps", "rope_theta"):
+        if not 0 < getattr(model, name) < math.inf:
+            raise ConfigError(f"model.{name} = {getattr(model, name)}; expected a finite number above 0")
     for name in ("tensor", "pipeline"):
         if getattr(parallel, name) < 1:
             raise ConfigError(f"parallel.{name} = {getattr(parallel, name)}; expected at least 1")
@@ -109,8 +126,9 @@ def _check_rest(config: Config) -> None:
     _check_guards(config)
     if data.position_reset and not data.document_mask:
         raise ConfigError("data.position_reset = true needs data.document_mask = true")
-    if len(config.optimizer.betas) != 2:
-        raise ConfigError(f"optimizer.betas = {config.optimizer.betas}; expected two numbers")
+    betas = config.optimizer.betas
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise ConfigError(f"optimizer.betas = {betas}; expected two numbers of 0 or more, below 1")
 
 
 def _check_trained(config: Config) -> None:
@@ -145,15 +163,11 @@ def _check_trained(config: Config) -> None:
 
 def _check_guards(config: Config) -> None:
     checkpoint = config.checkpoint
-    if checkpoint.step < 0 or (checkpoint.step and checkpoint.resume == "never"):
+    if checkpoint.step and checkpoint.resume == "never":
         raise ConfigError(
             f"checkpoint.step = {checkpoint.step} with checkpoint.resume = {checkpoint.resume}; expected a step to go "
             "back to with auto or required, or 0 for the newest"
         )
-    counts = ("checkpoint.every", "checkpoint.keep", "train.stop_at", "data.workers", "optimizer.schedule.warmup")
-    for key in (*counts, "guards.spike", "guards.output_norm", "guards.limit", "watchdog.warn", "watchdog.timeout"):
-        if _get(config, key) < 0:
-            raise ConfigError(f"{key} = {_get(config, key)}; expected 0 or more")
     if config.guards.window < 8:
         raise ConfigError(f"guards.window = {config.guards.window}; expected at least 8 steps")
     for key in ("guards.skip_steps", "guards.skip_sequences"):

@@ -7,6 +7,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megacm3.command import run
+from megacm3.files import check_output
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -32,6 +33,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Parse, ask both, write, print the figures."""
     given = _parser().parse_args(arguments)
+    check_output(given.output)
 
     from megacm3.errors import ConfigError
 

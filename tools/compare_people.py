@@ -7,6 +7,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megacm3.command import run
+from megacm3.files import check_output
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -31,6 +32,8 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Parse, then make the page or count."""
     given = _parser().parse_args(arguments)
+    if given.output is not None:
+        check_output(given.output, file=True)
     return _page(given) if given.command == "page" else _count(given)
 
 

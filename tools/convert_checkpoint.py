@@ -9,6 +9,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megacm3.command import run
 from megacm3.errors import ConfigError
+from megacm3.files import check_output
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -65,6 +66,8 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Parse, convert, compare, say what was made."""
     given = _parser().parse_args(arguments)
+    if given.command != "inspect":
+        check_output(given.output)
     for name in ("tensor", "pipeline"):
         if getattr(given, name, 1) < 1:
             raise ConfigError(f"--{name} {getattr(given, name)}; expected at least 1")

@@ -7,6 +7,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megacm3.command import run
+from megacm3.files import check_output
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -21,6 +22,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--trust-pickle", action="store_true", help="read a checkpoint that can run code; only if trusted"
     )
     given = parser.parse_args(arguments)
+    check_output(given.output)
 
     from megacm3.files import sha256_file
     from megacm3.tokenizers.image import save_image_tokenizer

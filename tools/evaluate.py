@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megacm3.command import run
 from megacm3.errors import ConfigError
+from megacm3.files import check_output
 
 _TASKS = ("perplexity", "fidelity", "retrieval", "fid", "clip", "recall", "caption", "vqa")
 
@@ -52,6 +53,9 @@ def _add_retrieval(group: Any) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Parse, measure, print and perhaps write the result."""
     given = _parser().parse_args(arguments)
+    for flag in ("output", "report"):
+        if getattr(given, flag) is not None:
+            check_output(getattr(given, flag), f"--{flag}", file=True)
     if given.task not in _TASKS:
         raise ConfigError(f"--task {given.task} is unknown; expected one of {', '.join(_TASKS)}")
 

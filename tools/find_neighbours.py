@@ -7,6 +7,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megacm3.command import pairs, run
+from megacm3.files import check_output
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -39,6 +40,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Parse, run or continue the job, say what was made."""
     given = _parser().parse_args(arguments)
+    check_output(given.output)
 
     from megacm3.retrieval.find_neighbours import find_neighbours
     from megacm3.retrieval.options import NeighbourOptions

@@ -8,6 +8,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megacm3.command import run
 from megacm3.errors import ConfigError
+from megacm3.files import check_output
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -46,6 +47,8 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Parse, generate, write or print."""
     given = _parser().parse_args(arguments)
+    if given.output is not None:
+        check_output(given.output, file=True)
     if given.image is None and (not given.prompt or not given.output):
         raise ConfigError("found no --image; expected --prompt and --output for a picture, or --image for a text")
     if given.output and Path(given.output).suffix.lower() != ".png":

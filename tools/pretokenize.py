@@ -9,6 +9,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megacm3.command import pairs, run
 from megacm3.errors import ConfigError
+from megacm3.files import check_output
 
 if TYPE_CHECKING:
     from megacm3.sft.read import SftOptions
@@ -95,6 +96,7 @@ def _sft_options(given: argparse.Namespace) -> "SftOptions | None":
 def main(arguments: list[str] | None = None) -> int:
     """Parse, run or continue the job, say what was made."""
     given = _parser().parse_args(arguments)
+    check_output(given.output)
     slurm = pairs("--slurm", given.slurm)
     sft = _sft_options(given)
 

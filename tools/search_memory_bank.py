@@ -7,6 +7,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megacm3.command import run
+from megacm3.files import check_output
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -27,6 +28,8 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Parse, search, print and draw."""
     given = _parser().parse_args(arguments)
+    if given.input:
+        check_output(given.output or "hits.png", file=True)
     from megacm3.errors import ConfigError, DataError
 
     if given.output and not given.input:
@@ -47,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
             query = encoder.encode_images([open_image(Path(given.image).read_bytes(), ImageLimits(min_side=1))])
         except (OSError, Reject) as fault:
             raise DataError(f"--image {given.image} cannot be read: {fault}") from fault
-    scores, doc_ids = bank.search(query, given.k)
+    scores, doc_ids = bank.search(query, min(given.k, len(bank)))
     hits = hits_of(bank, scores[0], doc_ids[0])
     for hit in hits:
         print(f"{hit['match']:.4f}  {hit['doc_id']:>8}  {hit['key']}  {' '.join(hit['caption'].split())}")

@@ -8,6 +8,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megacm3.command import run
+from megacm3.files import check_output
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -23,6 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--overwrite", action="store_true", help="replace a tokenizer, or unfinished work, of other inputs or settings")
     add("overrides", nargs="*", metavar="key=value", help="settings over the YAML's, such as train.steps=1000")
     given = parser.parse_args(arguments)
+    check_output(given.output)
 
     from megacm3.tokenizers.image_config import load_image_config
     from megacm3.tokenizers.image_job import run_job

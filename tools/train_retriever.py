@@ -7,6 +7,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megacm3.command import run
+from megacm3.files import check_output
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -35,6 +36,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Parse, train, say what was made."""
     given = vars(_parser().parse_args(arguments))
+    check_output(given["output"])
 
     from megacm3.retrieval.new_encoder import EncoderTraining
     from megacm3.retrieval.train_encoder import EncoderOptions, make_encoder

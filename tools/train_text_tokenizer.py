@@ -9,6 +9,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megacm3.command import progress, run
 from megacm3.errors import ConfigError
+from megacm3.files import check_output
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -28,6 +29,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Parse, train or take over, say what was made."""
     given = _parser().parse_args(arguments)
+    check_output(given.output)
     if bool(given.input) == bool(given.from_json):
         raise ConfigError("give either --input with texts or --from-json with a tokenizer")
     family = "chameleon" if given.from_json else given.family

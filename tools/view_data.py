@@ -8,6 +8,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megacm3.command import run
 from megacm3.errors import ConfigError
+from megacm3.files import check_output
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -32,6 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Parse, draw, write."""
     # Intermixed: key=value arguments may stand before, between and after the flags.
     given = _parser().parse_intermixed_args(arguments)
+    check_output(given.output, file=True)
     for name in ("documents", "sequences"):
         if getattr(given, name) < 0:
             raise ConfigError(f"--{name} {getattr(given, name)}; expected 0 or more")

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from megacm3.data.sources import find_shards
 from megacm3.data.store import Store
 from megacm3.errors import DataError
 from megacm3.files import Manifest, new_file, sha256_json, write_json
@@ -51,6 +52,8 @@ def build_bank(options: BankOptions) -> BankReport:
     store = Store.open(options.store)
     precomputed = options.encoder.removeprefix(PREFIX) if options.encoder.startswith(PREFIX) else ""
     fingerprint = Precomputed.open(precomputed).fingerprint if precomputed else encoder_fingerprint(options.encoder)
+    if not precomputed:
+        find_shards(options.inputs)
     names = ("index", "backend", "server", "shard_rows", "nprobe", "merge", "batch", "seed")
     settings = {name: getattr(options, name) for name in names}
     inputs = {"store": store.fingerprint, "encoder": fingerprint}

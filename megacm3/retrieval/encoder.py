@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 import numpy as np
 from PIL import Image
 
-from megacm3.errors import ConfigError, DataError
+from megacm3.errors import DataError
 from megacm3.files import MANIFEST, read_json, read_manifest, sha256_file, sha256_json
+from megacm3.tokenizers.image import torch_device
 
 if TYPE_CHECKING:
     import torch
@@ -102,8 +103,7 @@ class Encoder:
         _check_folder(folder)
         import torch
 
-        if device.startswith("cuda") and not torch.cuda.is_available():
-            raise ConfigError(f"device {device} was asked for and there is no CUDA device here; use --device cpu")
+        torch_device(device)
         if (folder / MANIFEST).is_file():
             read_manifest(folder, KIND, verify="sha256")
         if (folder / OPEN_CLIP).is_file():

@@ -53,6 +53,15 @@ class EncoderTraining:
             raise ConfigError(f"image size {self.image_size} is no multiple of the patch size {self.patch_size}")
         if self.width % 32 or self.width < 32:
             raise ConfigError(f"width {self.width} is no multiple of 32")
+        if self.image_layers < 1 or self.text_layers < 1:
+            raise ConfigError(
+                f"{self.image_layers} image and {self.text_layers} text layers; expected 1 or more of each"
+            )
+        if not 0 < self.lr < 1:
+            raise ConfigError(f"learning rate {self.lr}; expected a number above 0, below 1")
+        largest = max(self.image_size, self.width, self.text_tokens, self.vocabulary, 1000 * self.image_layers)
+        if largest > 1_000_000 or 1000 * self.text_layers > 1_000_000:
+            raise ConfigError("an encoder has at most 1,000 layers, and sizes of at most 1,000,000")
         if self.dim < 0:
             raise ConfigError(f"dim {self.dim}; expected 1 or more, or 0 for the width")
         if self.steps < 1 or self.batch < 2 or not 0 <= self.token_dropout < 1 or self.text_tokens < 3:

@@ -7,6 +7,7 @@ from megacm3.errors import ConfigError
 from megacm3.retrieval import backends
 from megacm3.retrieval.neighbours import MAX_KEEP
 from megacm3.retrieval.precomputed import PREFIX
+from megacm3.tokenizers.image import torch_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +61,7 @@ class BankOptions(WorkOptions):
         if not self.inputs and not self.encoder.startswith(PREFIX):
             raise ConfigError("--input is needed: the pictures and captions that the store was made from")
         self.where.check()
+        torch_device(self.device)
         backends.check_backend(self.backend, self.server, self.merge)
 
 
@@ -92,6 +94,7 @@ class NeighbourOptions(WorkOptions):
     def check(self) -> None:
         """Raises ConfigError for values out of range."""
         self.where.check()
+        torch_device(self.device)
         if not 1 <= self.keep <= MAX_KEEP or self.search < self.keep:
             raise ConfigError(
                 f"--keep {self.keep} --search {self.search}; expected 1 <= keep <= {MAX_KEEP}, search >= keep"

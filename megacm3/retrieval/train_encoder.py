@@ -22,6 +22,7 @@ from megacm3.retrieval.contrastive import fit
 from megacm3.retrieval.encoder import KIND, Encoder, document_vectors, encoder_files, encoder_fingerprint
 from megacm3.retrieval.jobs import Job
 from megacm3.retrieval.new_encoder import EncoderTraining, new_encoder
+from megacm3.tokenizers.image import torch_device
 
 if TYPE_CHECKING:
     from megacm3.data.sources import Sample
@@ -83,6 +84,7 @@ def make_encoder(options: EncoderOptions) -> EncoderReport:
     """
     started = time.monotonic()
     options.training.check()
+    torch_device(options.device)
     if options.limit < 2:
         raise ConfigError(f"--limit {options.limit}; expected at least 2 pairs")
     base = Encoder.load(options.base, options.device) if options.base else None

@@ -28,8 +28,12 @@ def torch_device(name: str) -> "torch.device":
         device = torch.device(name)
     except RuntimeError as fault:
         raise ConfigError(f"--device {name} is no device; expected cpu, cuda or cuda:N") from fault
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"--device {name}: expected cpu, cuda or cuda:N")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"--device {name}: no GPU is visible here; use --device cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"--device {name}: {torch.cuda.device_count()} GPUs are here, numbered from 0")
     return device
 
 

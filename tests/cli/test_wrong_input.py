@@ -8,6 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from megacm3.errors import ConfigError
+from megacm3.files import check_output
+from megacm3.resolve import load_config
+from megacm3.tokenizers.image import torch_device
+from tests.helpers.tools import run_tool
+
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS = sorted((ROOT / "tools").glob("*.py")) + sorted((ROOT / "examples").glob("*.py"))
 HEAVY = "{'torch', 'transformers', 'faiss', 'diffusers', 'deepspeed'} & set(sys.modules)"
@@ -98,3 +104,75 @@ def test_a_slurm_script_outside_slurm() -> None:
     refused(typed(script, config), 2, "sbatch")
     refused(typed(script, config, DRY_RUN="1"), 2, "SLURM_NTASKS")
     refused(typed(script), 2, "no config given")
+
+
+def blocked(tmp_path: Path) -> list[tuple[str, str]]:
+    """Outputs that can never be made, and what is said about them."""
+    (tmp_path / "file").write_text("")
+    return [("", "is empty"), (str(tmp_path / "file" / "x.png"), f"{tmp_path}/file is a file")]
+
+
+OUTPUTS: dict[str, list[str]] = {
+    "build_memory_bank": ["--store", "s", "--encoder", "e", "--input", "i"],
+    "compare_models": ["--base", "b", "--tuned", "t", "--store", "s"],
+    "convert_checkpoint": ["reshard", "--checkpoint", "c"],
+    "convert_image_tokenizer": ["--weights", "w", "--config", "c"],
+    "evaluate": ["--model", "m", "--task", "perplexity", "--input", "i"],
+    "find_neighbours": ["--bank", "b"],
+    "generate": ["--model", "m", "--prompt", "p"],
+    "pretokenize": ["--input", "i", "--text-tokenizer", "t", "--image-tokenizer", "v"],
+    "train_image_tokenizer": ["--input", "i"],
+    "train_retriever": ["--input", "i"],
+    "train_text_tokenizer": ["--input", "i", "--vocab-size", "300"],
+    "view_data": ["s"],
+}
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_an_output_that_cannot_be_made_is_said_before_the_work(name: str, tmp_path: Path) -> None:
+    for output, words in blocked(tmp_path):
+        code, line = run_tool(name, *OUTPUTS[name], "--output", output)
+        assert code == 2 and "--output" in line and words in line, line
+
+
+def test_an_output_that_is_a_folder_or_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "x.png").mkdir()
+    with pytest.raises(ConfigError, match="is a folder; expected the name of a file"):
+        check_output(tmp_path / "x.png", file=True)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # the tests may run as root, who may write anywhere
+    with pytest.raises(ConfigError, match=r"--report .*no right to write"):
+        check_output(tmp_path / "deep" / "er", "--report")
+
+
+@pytest.mark.parametrize("device", ["gpu", "meta", "cuda:99"])
+def test_a_device_that_is_none(device: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"--device {device}"):
+        torch_device(device)
+    pairs = ROOT / "examples" / "data" / "heldout-00000.tar"
+    code, line = run_tool("train_retriever", "--input", pairs, "--output", tmp_path / "e", "--device", device)
+    assert code == 2 and f"--device {device}" in line and not (tmp_path / "e").exists()
+
+
+@pytest.mark.parametrize("flags", [["--lr", "nan"], ["--image-layers", "0"], ["--vocabulary", "1000000000000"]])
+def test_sizes_of_an_encoder(flags: list[str], tmp_path: Path) -> None:
+    pairs = ROOT / "examples" / "data" / "heldout-00000.tar"
+    code, line = run_tool("train_retriever", "--input", pairs, "--output", tmp_path / "e", *flags)
+    assert code == 2 and not (tmp_path / "e").exists(), line
+
+
+WRONG_KEYS = (
+    *("optimizer.lr=-1", "optimizer.lr=.nan", "optimizer.clip=-1", "optimizer.betas=[0.9,1]", "optimizer.betas={a: 1}"),
+    *("train.stop_at=-1", "checkpoint.keep=-1", "data.workers=-1", "model.qk_norm_groups=0", "model.norm_eps=0"),
+    *("model.preset=[1]", "data.mixture={a: 1}", "guards.spike=.nan", "watchdog.timeout=-1", "objective.spans=-2"),
+)
+
+
+@pytest.mark.parametrize("key", WRONG_KEYS)
+def test_a_wrong_value_of_a_key(key: str) -> None:
+    with pytest.raises(ConfigError, match=key.partition("=")[0].replace(".", r"\.")):
+        load_config(ROOT / "examples" / "configs" / "quickstart.yaml", [key])
+
+
+def test_a_config_that_is_a_folder() -> None:
+    with pytest.raises(ConfigError, match="Is a directory"):
+        load_config(ROOT / "examples")
