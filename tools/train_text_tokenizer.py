@@ -35,7 +35,10 @@ def main(arguments: list[str] | None = None) -> int:
     family = "chameleon" if given.from_json else given.family
     size = given.vocab_size or (65536 if family == "chameleon" else 0)
     if size < 1:
-        raise ConfigError("--vocab-size is missing (56320 in CM3Leon)")
+        raise ConfigError(f"--vocab-size is {given.vocab_size or 'missing'}; expected 1 or more (56320 in CM3Leon)")
+    for flag, value in (("--vocab-size", size), ("--max-lines", given.max_lines)):
+        if not 1 <= value < 2**31:
+            raise ConfigError(f"{flag} {value}; expected 1 to {2**31 - 1}")
 
     from megacm3.data.sources import find_shards, identify, iter_texts
     from megacm3.files import sha256_file

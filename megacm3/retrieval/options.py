@@ -9,6 +9,9 @@ from megacm3.retrieval.neighbours import MAX_KEEP
 from megacm3.retrieval.precomputed import PREFIX
 from megacm3.tokenizers.image import torch_device
 
+MAX_SEARCH = 1 << 16
+"""Candidates looked at; a block's queries hold so many scores each."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class WorkOptions:
@@ -95,9 +98,10 @@ class NeighbourOptions(WorkOptions):
         """Raises ConfigError for values out of range."""
         self.where.check()
         torch_device(self.device)
-        if not 1 <= self.keep <= MAX_KEEP or self.search < self.keep:
+        if not 1 <= self.keep <= MAX_KEEP or not self.keep <= self.search <= MAX_SEARCH:
             raise ConfigError(
-                f"--keep {self.keep} --search {self.search}; expected 1 <= keep <= {MAX_KEEP}, search >= keep"
+                f"--keep {self.keep} --search {self.search}; expected 1 <= keep <= {MAX_KEEP}, "
+                f"keep <= search <= {MAX_SEARCH}"
             )
         if self.text_variants < 1 or not 0 <= self.query_dropout < 1:
             raise ConfigError(

@@ -160,6 +160,12 @@ def test_sizes_of_an_encoder(flags: list[str], tmp_path: Path) -> None:
     assert code == 2 and not (tmp_path / "e").exists(), line
 
 
+@pytest.mark.parametrize("flags", [["--vocab-size", "1000000000000"], ["--vocab-size", "300", "--max-lines", "-1"]])
+def test_numbers_that_sentencepiece_cannot_take(flags: list[str], tmp_path: Path) -> None:
+    code, line = run_tool("train_text_tokenizer", "--input", ROOT / "README.md", "--output", tmp_path / "t", *flags)
+    assert code == 2 and flags[-2] in line and flags[-1] in line, line
+
+
 WRONG_KEYS = (
     *("optimizer.lr=-1", "optimizer.lr=.nan", "optimizer.clip=-1", "optimizer.betas=[0.9,1]", "optimizer.betas={a: 1}"),
     *("train.stop_at=-1", "checkpoint.keep=-1", "data.workers=-1", "model.qk_norm_groups=0", "model.norm_eps=0"),
