@@ -33,7 +33,7 @@ def check(config: Config) -> None:
     for key in NOT_NEGATIVE:
         # Written so that a NaN is refused too.
         if not 0 <= _get(config, key) < math.inf:
-            raise ConfigError(f"{key} = {_get(config, key)}; expected a finite number of 0 or more")
+            raise ConfigError(f"{key} = {_get(config, key)}; expected 0 or more, finite")
     _check_model(config)
     _check_rest(config)
     _check_trained(config)

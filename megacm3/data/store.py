@@ -259,6 +259,12 @@ class Store:
             raise DataError(f"the store has no column {unknown[0]}; it has {', '.join([*computed, *META_FIELDS])}")
         stored = [name for name in wanted if name not in computed] or ["row"]
         paths = [self.folder / "meta" / f"{part_name(n)}.parquet" for n in range(len(self.settings["parts"]))]
+        lacking = set(stored) - set(pq.read_schema(paths[0]).names) if paths else set()
+        if lacking:
+            raise DataError(
+                f"{self.folder} has no {', '.join(sorted(lacking))} in its metadata: an earlier version made it; "
+                "make it again with tools/pretokenize.py"
+            )
         table = pa.concat_tables([pq.read_table(path, columns=stored) for path in paths])
         for name in wanted:
             if name in computed:

@@ -15,6 +15,7 @@ from megacm3.data.parts import META_FIELDS, PartWriter, _dup_clusters, write_sto
 from megacm3.data.store import Part, Store, StoreShape, verify_store
 from megacm3.errors import DataError
 from megacm3.files import read_manifest, write_manifest
+from tests.helpers.stores import make_store
 
 SHAPE = StoreShape(text_size=1000, codebook_size=512, image_tokens=9, image_size=24)
 
@@ -303,3 +304,11 @@ def test_clusters_are_found_part_by_part(tmp_path):
     first = [expected.setdefault(meta["image_sha256"], n) for n, (_, meta) in enumerate(rows)]
     assert clusters.tolist() == first
     assert peak < 10_000 * 160
+
+
+def test_a_store_of_an_earlier_version_lacks_a_column(tmp_path):
+    folder = make_store(tmp_path / "store", documents=2, text_size=64, codebook_size=16, image_tokens=4)
+    part = folder / "meta" / "part-00000.parquet"
+    pq.write_table(pq.read_table(part).drop_columns(["task"]), part)
+    with pytest.raises(DataError, match=r"has no task in its metadata.*make it again"):
+        Store.open(folder, verify="none").metadata(["key", "task"])
