@@ -30,13 +30,14 @@ from megacm3.tokenizers.text import TextTokenizer
 loguru.logger.disable("datatrove")
 
 _SLOW_IMPORTS = (
+    "megacm3.silent",
     "torch",
     "diffusers.models.autoencoders.vq_model",
     "webdataset.tariterators",
     "pyarrow.parquet",
     "pandas",
 )
-"""What a worker needs and takes seconds to import (pandas: pyarrow, for its first table)."""
+"""What a worker needs and takes seconds to import (pandas: pyarrow, for its first table); silent comes first."""
 _SLURM_DEFAULTS = {"time": "24:00:00", "cpus_per_task": "1", "mem_per_cpu_gb": "4", "qos": ""}
 
 
