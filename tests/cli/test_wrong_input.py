@@ -188,7 +188,7 @@ def test_a_config_that_is_a_folder() -> None:
 def test_ctrl_c_while_the_workers_server_imports_says_nothing(tmp_path: Path) -> None:
     code = "import multiprocessing.forkserver as server, os, signal, sys, time\n"
     code += f"sys.path.insert(0, {str(ROOT)!r})\nfrom megacm3.data.executors import _SLOW_IMPORTS\n"
-    code += "server.set_forkserver_preload(list(_SLOW_IMPORTS))\nserver.ensure_running()\ntime.sleep(0.7)\n"
+    code += "server.set_forkserver_preload(list(_SLOW_IMPORTS))\nserver.ensure_running()\ntime.sleep(1.8)\n"
     code += "os.kill(server._forkserver._forkserver_pid, signal.SIGINT)\ntime.sleep(0.5)"
     (tmp_path / "ask.py").write_text(code)
     done = typed(tmp_path / "ask.py", PYTHONPATH=str(ROOT))
