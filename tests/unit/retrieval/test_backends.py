@@ -212,5 +212,5 @@ def test_flags_that_do_not_go_together(tmp_path, made, changes, message):
 
 def test_a_package_that_is_not_installed_is_named(tmp_path, made, monkeypatch):
     monkeypatch.setitem(sys.modules, "annoy", None)
-    with pytest.raises(ConfigError, match=r"needs the package annoy.*megacm3\[annoy\]"):
+    with pytest.raises(ConfigError, match=r"needs the package annoy.*pip install -e '\.\[annoy\]'"):
         build_bank(made.bank_options(tmp_path / "bank", backend="annoy"))

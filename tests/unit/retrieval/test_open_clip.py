@@ -140,5 +140,5 @@ def test_a_torchvision_that_does_not_fit_torch_is_named(tmp_path, monkeypatch):
 def test_without_open_clip_it_is_named(tmp_path, monkeypatch):
     write_config(tmp_path)
     monkeypatch.setitem(sys.modules, "open_clip", None)
-    with pytest.raises(ConfigError, match=r"megacm3\[open_clip\]"):
+    with pytest.raises(ConfigError, match=r"pip install -e '\.\[open_clip\]'"):
         Encoder.load(tmp_path)
