@@ -118,9 +118,12 @@ def commit(
         os.replace(final, old)
     os.replace(temporary, final)
     _fsync_folder(folder)
-    strike("save.before_pointer", step=step)
-    with new_file(folder / LATEST) as pointer:
-        pointer.write_text(final.name + "\n", encoding="utf-8")
+    try:
+        strike("save.before_pointer", step=step)
+        with new_file(folder / LATEST) as pointer:
+            pointer.write_text(final.name + "\n", encoding="utf-8")
+    except OSError as fault:  # the step is committed, and nothing relies on the pointer
+        log.warning("%s is committed, but %s could not be written: %s", final, folder / LATEST, fault.strerror)
     retired = [old] if old.exists() else []
     for path in [path for path in discover(folder) if path != final][keep - 1 :] if keep else []:
         gone = path.with_name(f".{path.name}.gone")

@@ -88,6 +88,16 @@ def test_a_file_that_is_gone_or_shorter_at_the_commit_costs_no_older_step(tmp_pa
         assert names(tmp_path) == ["step_000001"]
 
 
+def test_a_pointer_that_cannot_be_written_costs_no_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    make(tmp_path, 1)
+    monkeypatch.setenv("MEGACM3_FAULT", "save.before_pointer:step=2:full")
+    make(tmp_path, 2)
+    assert [path.name for path in discover(tmp_path)] == ["step_000002", "step_000001"]
+    assert (tmp_path / "latest").read_text() == "step_000001\n" and "is committed, but" in caplog.text
+
+
 def test_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     free = shutil.disk_usage(tmp_path)._replace(free=commit.SPARE_BYTES + 10)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
