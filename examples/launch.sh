@@ -5,14 +5,27 @@
 # So it gets a session of its own, and a signal to this script goes once, at the same time, to every rank; the ranks
 # save together and leave with exit code 75. On the CPU the ranks share the cores, unless OMP_NUM_THREADS says otherwise.
 
-_stop_ranks() { # The launcher's child starts the ranks: SIGTERM to each grandchild, as soon as there are any.
-  python -c 'import psutil, sys, time
+_stop_ranks() { # SIGTERM to each grandchild that has become a rank, as soon as there are any: before, it would be lost.
+  python -c 'import contextlib, psutil, sys, time
 job, ranks = psutil.Process(int(sys.argv[1])), []
 while not ranks and job.status() != psutil.STATUS_ZOMBIE:
     time.sleep(0.1)
-    ranks = [rank for child in job.children() for rank in child.children()]
+    try:
+        below = [rank for child in job.children() for rank in child.children()]
+        ranks = [rank for rank in below if any(word.startswith("--local_rank=") for word in rank.cmdline())]
+    except psutil.Error:
+        continue
 for rank in ranks:
-    rank.terminate()' "$1" 2>/dev/null
+    with contextlib.suppress(psutil.NoSuchProcess):
+        rank.terminate()' "$1" 2>/dev/null
+}
+
+_on_signal() {
+  launch_stopped=1
+  if [[ -n "$launch_job" ]]; then
+    launch_told=1
+    _stop_ranks "$launch_job" || true
+  fi
 }
 
 launch_command() { # RANKS CONFIG [key=value ...]: the words of the launch, in launch_words
@@ -28,13 +41,14 @@ launch_command() { # RANKS CONFIG [key=value ...]: the words of the launch, in l
 launch() {
   local ranks="$1" code=0
   launch_command "$@"
-  launch_stopped=0
+  launch_stopped=0 launch_told=0 launch_job=
+  trap _on_signal TERM INT # before there is a job, which would outlive this script
   # The order of tensor-parallel communication and matrix products relies on one connection.
   export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
   OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(python -c 'import os, sys; print(max(1, os.cpu_count() // int(sys.argv[1])))' "$ranks")}" \
     setsid "${launch_words[@]}" &
   launch_job=$!
-  trap 'launch_stopped=1; _stop_ranks "$launch_job" || true' TERM INT
+  if ((launch_stopped && !launch_told)); then _on_signal; fi
   # `wait` ends early when a signal comes in, with the signal's code: wait until the job is really over, then ask for its.
   while true; do
     wait "$launch_job" || true

@@ -102,20 +102,26 @@ def test_one_machine_a_signal_and_the_same_command_again(config: Path, tmp_path:
 
 
 @pytest.mark.long
-def test_one_machine_a_signal_before_there_are_ranks_is_not_lost(config: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("delay", [0.0, 0.01, 2.0])
+def test_one_machine_a_signal_before_there_are_ranks_is_not_lost(delay: float, config: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     command = ["bash", str(ROOT / "examples" / "pretrain.sh"), str(config), f"train.out={out}", "train.steps=100000"]
     with subprocess.Popen(
         command, env=environment(RANKS="2"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:
         try:
-            while not [p for p in psutil.Process(process.pid).children() if "--module" in p.cmdline()]:
-                time.sleep(0.01)
+            while not any(
+                p.info["ppid"] == process.pid and {"setsid", "--module"} & {*(p.info["cmdline"] or ())}
+                for p in psutil.process_iter(["ppid", "cmdline"])
+            ):
+                time.sleep(0.001)
+            time.sleep(delay)
             process.send_signal(signal.SIGTERM)
             process.communicate(timeout=120)
         finally:
-            for child in psutil.Process(process.pid).children(recursive=True) if process.poll() is None else ():
-                child.kill()
+            for left in psutil.process_iter(["cmdline"]):
+                if f"train.out={out}" in (left.info["cmdline"] or ()):
+                    left.kill()
     assert process.returncode != 0 and not (out / "metrics.jsonl").exists()
 
 
