@@ -1,5 +1,6 @@
 """The watchdog's seat of judgement, two threads of rank 0: hears all ranks, and decides once how the job ends."""
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -96,11 +97,9 @@ class Hub:
         """Wait until every rank has said hello; a verdict where some do not come in time."""
         begun, verdict = time.monotonic(), None
         while verdict is None and len(self._peers) < self._world:
-            try:
+            with contextlib.suppress(OSError):  # nobody there, or gone already
                 newcomer = Connection(self._door.accept()[0].detach())
                 threading.Thread(target=self._greet, args=(newcomer,), name="watchdog-door", daemon=True).start()
-            except OSError:  # nobody there, or gone already
-                pass
             while not self._arrived.empty():
                 connection, hello = self._arrived.get()
                 place = f"{hello['host']}, process {hello['pid']}"
